@@ -28,7 +28,7 @@ from mirrortune.training.evaluate import judge_split
 
 ERROR = "error"
 """Column with the reason why a row has no prediction."""
-_SPLIT = "split"
+_SPLIT, _SOURCE = "split", "source"
 
 
 class _Alone:
@@ -55,16 +55,17 @@ class BlockAnswers:
         own: names of the rows' columns to keep, in all splits.
         has_splits: add a column with the name of the row's split.
         skips_errors: for rows that cannot be predicted, store the reason instead of raising.
+        source: name of the data set, for a column of it; empty for none.
     """
 
     def __init__(
         self, target: str, found: Evaluable, settings: EvaluationSettings, options: PredictOptions, accelerator: Any,
-        *, own: list[str], has_splits: bool, skips_errors: bool,
+        *, own: list[str], has_splits: bool, skips_errors: bool, source: str = "",
     ) -> None:  # fmt: skip
         self.accelerator = accelerator
         self.found, self.options = found, options
         self._target, self._skips_errors, self._has_splits = target, skips_errors, has_splits
-        self.own = own
+        self.own, self._source = own, source
         self._checked = (-1, -1)
         self._batch = {**eval_batch(found, settings.eval), "num_workers": settings.eval.num_workers}
         self._reading = Reading(max_length=found.max_length, allow_missing=True)
@@ -91,6 +92,8 @@ class BlockAnswers:
         with uncached():
             columns, errors = self._columns(with_words(rows, self.found.task), first, on_batch)
         columns = columns or {PREDICTION: [None] * len(errors)}
+        if self._source:
+            columns[_SOURCE] = [self._source] * len(errors)
         if self._has_splits:
             columns[_SPLIT] = [name] * len(errors)
         if self._skips_errors:

@@ -25,6 +25,7 @@ from mirrortune.inference.block_answers import ERROR, BlockAnswers
 from mirrortune.inference.prediction_file import (
     Parts,
     TableWriter,
+    check_united,
     format_of,
     refuse_replacing,
     storable,
@@ -32,6 +33,7 @@ from mirrortune.inference.prediction_file import (
 from mirrortune.inference.prediction_rows import (
     PredictionRows,
     RowRequest,
+    all_fitted,
     rows_of_data,
     rows_of_request,
 )
@@ -133,38 +135,47 @@ def predict(
     output.check()
     accelerator = make_accelerator(settings.model.precision)
     reporter.is_main = accelerator.is_main_process
-    adapter_folder = _adapter_of(target, settings, bank, force_base=force_base, needs_data=row is None)
+    adapter_folder = _adapter_of(target, settings, bank, split, force_base=force_base, needs_data=row is None)
     with ExitStack() as held:
         if (parts := output.parts()) is not None:
             sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
-        rows = _open(settings, row, split, accelerator)
-        settings = _for_rows(settings, rows, named)
+        sources = _open(settings, row, split, accelerator)
+        settings = _for_rows(settings, sources[0], named)
         adapters = None if bank is None else load_row_adapters(target, settings, bank, accelerator.device)
         found = adapters.base if adapters is not None else load_target(
-            target, adapter_folder, settings, rows.data, reporter, force_base=force_base, is_labelled=False
+            target, adapter_folder, settings, sources[0].data, reporter, force_base=force_base, is_labelled=False
         )  # fmt: skip
-        rows, task = rows.fitted(found.task, reporter, are_named=bool(named))
-        rows = rows.of_split(split, settings.data, task, is_own_data=is_own_data)
-        found = replace(found, task=task)
+        fitted = [
+            (rows.of_split(split, settings.data, task, is_own_data=is_own_data), task)
+            for rows, task in all_fitted(sources, found.task, reporter, are_named=bool(named))
+        ]
+        every, task = [rows for rows, _ in fitted], fitted[0][1]
         options.check(task.kind, task.prediction_options())
         found.model.to(accelerator.device)
-        answers = _answers_with(adapters, task, None if output.skips_errors else rows.data)(
-            target, found, settings, options, accelerator, own=_kept(rows, output, reporter),
-            has_splits=len(rows.data.splits) > 1, skips_errors=output.skips_errors,
+        answers_of = functools.partial(
+            _answers_with(adapters, task, None if output.skips_errors else every[0].data),
+            skips_errors=output.skips_errors,
+            own=_kept(every, output, reporter), has_splits=any(len(rows.data.splits) > 1 for rows in every),
         )  # fmt: skip
+        work = [
+            (rows, answers_of(target, replace(found, task=own), settings, options, accelerator, source=rows.name))
+            for rows, own in fitted
+        ]
         facts = _facts(target, adapter_folder, found, options) | _facts_of_settings(settings) | _facts_of_bank(bank)
-        facts |= {"data": rows.data.origin}
-        return _PredictionLoop(answers, rows, reporter, output, parts).run(facts)
+        return _PredictionLoop(work, reporter, output, parts).run(facts | _facts_of_rows(fitted))
 
 
 def _adapter_of(
-    target: str, settings: EvaluationSettings, bank: BankRequest | None, *, force_base: bool, needs_data: bool
-) -> Path | None:
+    target: str, settings: EvaluationSettings, bank: BankRequest | None, split: str | None, *, force_base: bool,
+    needs_data: bool,
+) -> Path | None:  # fmt: skip
     """Return the adapter folder of a target, or None for a plain model; see :func:`find_target`."""
     if bank is None:
         return find_target(target, settings, force_base=force_base, needs_data=needs_data)
     if force_base:
         raise ConfigError("--force-base", "a bank takes adapters of its base alone", fix="Remove it")
+    if split is None and (count := len(settings.data.sources)) > 1:
+        raise ConfigError("--bank", f"it reads one data set, got {count}", fix="Predict one after the other")
     return None
 
 
@@ -185,13 +196,14 @@ def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input
     refuse_replacing(parts.output, format_of(parts.output), overwrite=output.overwrite or parts.replaces)
 
 
-def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | None, accelerator: Any) -> PredictionRows:
+def _open(
+    settings: EvaluationSettings, row: RowRequest | None, split: str | None, accelerator: Any
+) -> list[PredictionRows]:
     if row is not None:
-        return rows_of_request(row)
+        return [rows_of_request(row)]
     read = functools.partial(rows_of_data, settings.data, settings.task, split)
     # Only the main process reads standard input.
-    place = settings.data.place
-    return sync.from_main(accelerator, read) if place is not None and place.name == STDIN else read()
+    return sync.from_main(accelerator, read) if STDIN in [s.place.name for s in settings.data.sources] else read()
 
 
 def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collection[str]) -> EvaluationSettings:
@@ -205,9 +217,14 @@ def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collect
     return replace(settings, task=replace(settings.task, given=given))
 
 
-def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]:
-    """Return the columns of the rows that the output format can store, and print a note on the others."""
-    schemas = [split.table.schema for split in rows.data.splits.values()]
+def _kept(sources: Sequence[PredictionRows], output: Output, reporter: Reporter) -> list[str]:
+    """Return the columns of the rows that the output format can store, and print a note on the others.
+
+    Raises:
+        DataError: columns of the same name cannot be one in that format.
+    """
+    named = [(rows.name, split.table.schema) for rows in sources for split in rows.data.splits.values()]
+    schemas = [schema for _, schema in named]
     kind = output.kind()
     left_out: dict[str, str] = {}
     for schema in schemas:
@@ -218,6 +235,8 @@ def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]
         left_out |= {field.name: _why_unread(schema, field) for field in schema if is_unreadable(field)}
     for name, why in left_out.items():
         reporter.note(f"warning: column '{name}' is left out of the output: {why}")
+    if kind == "parquet":
+        check_united([(name, pa.schema([f for f in schema if f.name not in left_out])) for name, schema in named])
     known = dict.fromkeys(name for schema in schemas for name in schema.names)
     return [name for name in known if name not in left_out and name != SOURCE_COLUMN]
 
@@ -241,10 +260,18 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
         "version of mirrortune": __version__,
         "base": [getattr(config, name, None) for name in ("_name_or_path", "_commit_hash")],
         "target": {file.name: _fingerprint(file) for file in files if not file.name.startswith(".")},
-        "task": task_to_dict(found.task),
         "length": found.max_length,
         "options": asdict(options),
     }
+
+
+def _facts_of_rows(fitted: Sequence[tuple[PredictionRows, Task]]) -> dict[str, Any]:
+    """Return facts that identify the rows, and the columns by which they are read."""
+    each = [{"task": task_to_dict(task), "data": rows.data.origin} for rows, task in fitted]
+    if len(each) == 1:
+        return each[0]
+    names = [f"{number} ({rows.name})" for number, (rows, _) in enumerate(fitted, 1)]
+    return {key: {name: own[key] for name, own in zip(names, each, strict=True)} for key in ("task", "data")}
 
 
 def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:
@@ -275,23 +302,40 @@ def _fingerprint(file: Path) -> list[Any]:
         return [hashlib.file_digest(content, "sha256").hexdigest()]
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that are predicted together.
+
+    Attributes:
+        first: index of the first row among all rows.
+        split: name of their split.
+        rows: the rows.
+        answers: predicts them.
+    """
+
+    first: int
+    split: str
+    rows: Split
+    answers: BlockAnswers
+
+
 class _PredictionLoop:
     """The loop over blocks of rows: each of n processes predicts every n-th block, and the main one writes in order.
 
     Args:
-        answers: predicts a block.
-        rows: all rows.
+        work: the rows of each data set, and what predicts a block of them.
         reporter: shows progress and, without an output file, the predictions.
         output: where predictions are written.
         parts: finished blocks of the output file; None for standard output.
     """
 
     def __init__(
-        self, answers: BlockAnswers, rows: PredictionRows, reporter: Reporter, output: Output, parts: Parts | None
-    ) -> None:
-        self._answers, self._rows, self._reporter = answers, rows, reporter
-        self._output, self._parts = output, parts
-        self._accelerator = answers.accelerator
+        self, work: Sequence[tuple[PredictionRows, BlockAnswers]], reporter: Reporter, output: Output,
+        parts: Parts | None,
+    ) -> None:  # fmt: skip
+        self._work, self._reporter, self._output, self._parts = work, reporter, output, parts
+        self._answers = work[0][1]
+        self._accelerator = self._answers.accelerator
         self._writer: TableWriter | None = None
         self._held: list[pa.Table] = []
         self._is_whole = False
@@ -299,7 +343,8 @@ class _PredictionLoop:
 
     def run(self, facts: dict[str, Any]) -> PredictResult:
         """Predict all rows that are not done, and return the result."""
-        total = self._rows.count
+        counts = [rows.count for rows, _ in self._work]
+        total = None if None in counts else sum(filter(None, counts))
         size = _LARGEST if total is None else min(_LARGEST, max(_SMALLEST, -(-total // _BLOCKS)))
         facts = {**facts, "rows": total, "block": size}
         done = sync.from_main(self._accelerator, functools.partial(self._begin, facts))
@@ -339,26 +384,26 @@ class _PredictionLoop:
         errors = 0
         while group := list(itertools.islice(blocks, number)):
             made, failure = self._attempt(group[rank], bar) if rank < len(group) else (None, None)
-            for (first, _, rows), table in zip(group, self._gathered(made, failure), strict=False):
+            for block, table in zip(group, self._gathered(made, failure), strict=False):
                 if isinstance(table, int):
                     raise failure or PeerError(table)
-                errors += self._write(first, table)
-                done += rows.table.num_rows
+                errors += self._write(block, table)
+                done += block.rows.table.num_rows
                 bar.advance_to(done)
         return done, errors
 
-    def _numbered(self, size: int, done: int) -> Iterator[tuple[int, str, Split]]:
-        """Yield the blocks that are not done, each as index of the first row, name of the split, and rows."""
+    def _numbered(self, size: int, done: int) -> Iterator[_Block]:
+        """Yield the blocks that are not done."""
         first = 0
-        for name, rows in self._rows.blocks(size):
-            if first >= done:
-                yield first, name, rows
-            first += rows.table.num_rows
+        for source, answers in self._work:
+            for name, rows in source.blocks(size):
+                if first >= done:
+                    yield _Block(first, name, rows, answers)
+                first += rows.table.num_rows
 
-    def _attempt(self, block: tuple[int, str, Split], bar: Bar) -> tuple[pa.Table | None, MirrortuneError | None]:
+    def _attempt(self, block: _Block, bar: Bar) -> tuple[pa.Table | None, MirrortuneError | None]:
         """Return a block with its answers, or the error that prevents them."""
-        first, name, rows = block
-        left = rows.table.num_rows
+        left = block.rows.table.num_rows
 
         def show(count: int) -> None:
             nonlocal left  # rows near a bad one are predicted more than once
@@ -366,7 +411,7 @@ class _PredictionLoop:
             left -= min(count, left)
 
         try:
-            return self._answers.table(name, rows, first, show), None
+            return block.answers.table(block.split, block.rows, block.first, show), None
         except MirrortuneError as error:
             return None, error
 
@@ -382,16 +427,16 @@ class _PredictionLoop:
         found = sync.gather_lists(self._accelerator, [packed])
         return [_unpacked(one) if isinstance(one, bytes) else one for one in found]
 
-    def _write(self, first: int, table: pa.Table) -> int:
+    def _write(self, block: _Block, table: pa.Table) -> int:
         """Write a block on the main process; return the number of its rows with an error."""
         name = self._answers.names([ERROR])[ERROR]
         errors = table.num_rows - table.column(name).null_count if name in table.column_names else 0
         answered = table.filter(table.column(name).is_null()) if errors else table
-        self._without_text += self._answers.rows_without_text(answered)
+        self._without_text += block.answers.rows_without_text(answered)
         if not self._accelerator.is_main_process:
             return errors
         if self._parts is not None:
-            self._parts.add(first, table)
+            self._parts.add(block.first, table)
             return errors
         self._held.append(table)
         if errors < table.num_rows:

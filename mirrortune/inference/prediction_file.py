@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mirrortune.data.files.arrow import python_values, text_array
-from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.data.files.arrow import is_string, python_values, text_array
+from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
 from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
 
@@ -182,7 +182,7 @@ class Parts:
             The number of rows with an error.
         """
         paths, errors, kind = [path for _, _, path in self._found()], 0, format_of(self.output)
-        schema = _united([_schema(path) for path in paths], own, last)
+        schema = _united([_schema(path) for path in paths], own, last, kind)
 
         def write(file: Path) -> None:
             nonlocal errors
@@ -314,6 +314,33 @@ def storable(schema: pa.Schema, kind: str) -> list[str]:
     return [field.name for field in schema if kind == "parquet" or not _has_bytes(field.type)]
 
 
+def check_united(schemas: Sequence[tuple[str, pa.Schema]]) -> None:
+    """Check that columns of the same name can be one column of a parquet file.
+
+    Args:
+        schemas: (data set, schema of the columns that are kept).
+
+    Raises:
+        DataError: two data sets have a column with values of different types.
+    """
+    known: dict[str, tuple[str, pa.DataType]] = {}
+    for source, schema in schemas:
+        for field in schema:
+            first, kind = known.get(field.name, (source, pa.null()))
+            if pa.types.is_null(kind):
+                known[field.name] = (source, field.type)
+            elif source != first and not (pa.types.is_null(field.type) or _are_alike(kind, field.type)):
+                raise DataError(
+                    f"{first} and {source}", f"column '{field.name}' holds {kind} in one, {field.type} in the other",
+                    fix="Write a .csv or .jsonl file, or predict one after the other",
+                )  # fmt: skip
+
+
+def _are_alike(kind: pa.DataType, other: pa.DataType) -> bool:
+    are_numbers = pa.types.is_signed_integer(kind) and pa.types.is_signed_integer(other)
+    return bool(kind == other or are_numbers or (is_string(kind) and is_string(other)))
+
+
 def _has_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(_has_bytes(field.type) for field in kind)
@@ -328,9 +355,14 @@ def _array(values: list[Any]) -> pa.Array:
     return pa.array(values)
 
 
-def _united(schemas: list[pa.Schema], own: Sequence[str], last: str) -> pa.Schema:
-    """Return the union of all schemas, with the columns ``own`` first and ``last`` at the end."""
-    schema = pa.unify_schemas(schemas, promote_options="permissive")
+def _united(schemas: list[pa.Schema], own: Sequence[str], last: str, kind: str) -> pa.Schema:
+    """Return the union of all schemas, with the columns ``own`` first and ``last`` at the end.
+
+    A text format needs their names alone, and its columns may hold values of several types.
+    """
+    schema: Iterable[pa.Field] = {field.name: field for schema in schemas for field in schema}.values()
+    if kind == "parquet":
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
     places = {name: place for place, name in enumerate(own)} | {last: len(own) + 1}
     return pa.schema(sorted(schema, key=lambda field: places.get(field.name, len(own))))
 

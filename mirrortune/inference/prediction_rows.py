@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from mirrortune.runs.load import detect_columns
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
-from mirrortune.tasks.base import TARGET_ROLES, Task
+from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, with_columns
 
 _WORDS = "word"  # role of a column that holds lists of words
 
@@ -48,10 +48,14 @@ class PredictionRows:
     Attributes:
         data: data set, whose splits are all predicted, one after the other.
         is_bare: the columns have no names, as in lines of text or a row from the command line.
+        name: name of the data set if there are several, else empty.
+        columns: settings that name columns of this data set alone.
     """
 
     data: DataSet
     is_bare: bool = False
+    name: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int | None:
@@ -74,17 +78,18 @@ class PredictionRows:
             ConfigError: the number of columns without names is not the number that the task reads.
             DataError: a split lacks a column, or the column cannot be read.
         """
+        task, about = with_columns(task, self.columns, to_predict=True), f"{self.name}: " if self.name else ""
         known, given = [column for _, column in needed_columns(task)], next(iter(self.data.splits.values())).table
         task = task.narrowed(known[: given.num_columns] if self.is_bare else given.column_names)
         rows = self._renamed(task) if self.is_bare else self
         for note in () if self.is_bare else remarks_on(self.data, task.columns()):
-            reporter.note(note)
+            reporter.note(f"{about}{note}")
         split = next(iter(rows.data.splits.values()))
-        if not are_named and (absent := _absent(split, task)):
+        if not (are_named or self.columns) and (absent := _absent(split, task)):
             with suppress(DataError, ConfigError):
                 task, notes = detect_columns(task, _with_lists(split, task))
                 for note in (f"the data has no column '{absent[0][1]}'", *notes):
-                    reporter.note(note)
+                    reporter.note(f"{about}{note}")
         for split in rows.data.splits.values():
             for role, column in _absent(split, task):
                 names = split.table.column_names
@@ -146,6 +151,25 @@ class PredictionRows:
                 first += table.num_rows
 
 
+def all_fitted(
+    sources: Sequence[PredictionRows], task: Task, reporter: Reporter, *, are_named: bool
+) -> list[tuple[PredictionRows, Task]]:
+    """Return the rows of each data set with the task that reads them; see :meth:`PredictionRows.fitted`.
+
+    Raises:
+        DataError: answers to two data sets would have other columns, as those to one text and to two.
+    """
+    found = [rows.fitted(task, reporter, are_named=are_named) for rows in sources]
+    read = [", ".join(role for role, _ in needed_columns(own)) for _, own in found]
+    for (rows, own), roles in zip(found, read, strict=True):
+        if roles != read[0] and not isinstance(own, Generates):
+            raise DataError(
+                f"{sources[0].name} and {rows.name}", f"the task reads {read[0]} of a row in one, {roles} in the other",
+                fix="Predict one after the other",
+            )  # fmt: skip
+    return found
+
+
 _IMAGE = "--image"
 _HOW_TO_GIVE = {True: "Give the file to --image, or a folder of files to --data", False: "Use --text, or --data"}
 _FLAGS = {"text": "text-column", "word": "text-column", "image": "image-column", "audio": "audio-column"}
@@ -169,11 +193,11 @@ def _with_lists(split: Split, task: Task) -> Split:
     if _WORDS not in (role for role, _ in task.columns()):
         return split
     table = split.table
-    for place, field in enumerate(table.schema):
-        if is_string(field.type):
-            refuse_written_lists(table, field.name, split.source)
+    for place, column in enumerate(table.schema):
+        if is_string(column.type):
+            refuse_written_lists(table, column.name, split.source)
             words = pa.nulls(table.num_rows, pa.list_(pa.string()))
-            table = table.set_column(place, field.name, words)
+            table = table.set_column(place, column.name, words)
     return replace(split, table=table)
 
 
@@ -207,8 +231,8 @@ def _bare_names(count: int) -> list[str]:
     return ["text"] if count == 1 else [f"text{place}" for place in range(1, count + 1)]
 
 
-def rows_of_data(settings: DataSettings, request: TaskRequest, split: str | None) -> PredictionRows:
-    """Open the data set of a recipe.
+def rows_of_data(settings: DataSettings, request: TaskRequest, split: str | None) -> list[PredictionRows]:
+    """Open the data sets of a recipe: each by itself if all rows are predicted, else joined to one.
 
     Args:
         settings: data settings.
@@ -216,14 +240,22 @@ def rows_of_data(settings: DataSettings, request: TaskRequest, split: str | None
         split: name of a split, or of the part of one that :meth:`PredictionRows.of_split` sets aside; None for all.
 
     Raises:
-        ConfigError: all rows of several data sets are asked for.
-        DataError: it cannot be read.
+        DataError: one cannot be read.
     """
+    if split is not None or not settings.is_mixture:
+        return [_rows_of_one(settings, request, split)]
+    found, are_several = [], len(settings.sources) > 1
+    for source in settings.sources:
+        own = replace(settings, sources=(replace(source, is_item=False),), revision=source.revision)
+        columns = {key: value for key, value in source.columns.items() if key != "label_column"}
+        rows = _rows_of_one(own, request, None)
+        found.append(replace(rows, name=source.name if are_several else "", columns=columns))
+    return found
+
+
+def _rows_of_one(settings: DataSettings, request: TaskRequest, split: str | None) -> PredictionRows:
     place = settings.place
     assert place is not None
-    if settings.is_mixture and split is None:
-        fix = "Give them one after the other, or a pattern in quotes: --data 'rows/*.csv'"
-        raise ConfigError("--data", f"got {counted(len(settings.sources), 'data set')}, and predict reads one", fix=fix)
     if place.name == STDIN and not settings.is_mixture:
         if split is not None:
             raise ConfigError("--split", "standard input has no splits", fix="Remove it")

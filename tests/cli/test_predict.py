@@ -288,6 +288,69 @@ def test_all_splits_are_answered_and_named(run: Path, place: Path) -> None:
     assert len(table_of(mirrortune("predict", run, "-d", "rows", "--split", "test").stdout)) == 1
 
 
+@pytest.fixture
+def several(place: Path) -> tuple[object, ...]:
+    """Three data sets with columns of their own, as arguments."""
+    write_table(place / "a.csv", [[number, text] for number, text in enumerate(texts(70))], ("id", "text"))
+    write_table(place / "b" / "train.csv", [["x", text] for text in texts(3)], ("id", "text"))
+    write_table(place / "b" / "test.csv", [["good"]], ("text",))
+    lines = [json.dumps({"id": number, "review": text}) + "\n" for number, text in enumerate(texts(75))]
+    (place / "c.jsonl").write_text("".join(lines), encoding="utf-8")
+    return ("-d", "a.csv", "-d", "b", "-d", "c.jsonl")
+
+
+def test_several_data_sets_are_answered_in_order_each_by_its_own_columns(
+    run: Path, place: Path, several: tuple[object, ...]
+) -> None:
+    done = mirrortune("predict", run, *several)
+    assert done.exit_code == 0, done.stderr
+    assert "c.jsonl: the data has no column 'text'" in done.stderr
+    rows = table_of(done.stdout)
+    assert list(rows[0]) == ["id", "text", "review", "prediction", "score", "source", "split"]
+    alone = [table_of(mirrortune("predict", run, "-d", name).stdout) for name in several[1::2]]
+    expected = [{**row, "source": str(name)} for name, own in zip(several[1::2], alone, strict=True) for row in own]
+    assert [row["source"] for row in rows] == [row["source"] for row in expected]
+    for row, own in zip(rows, expected, strict=True):
+        assert float(row["score"]) == pytest.approx(float(own["score"]), rel=1e-5)
+        given = {key: row.get(key) or "" for key in ("id", "text", "review", "prediction")}
+        assert given == {key: own.get(key) or "" for key in given}
+    assert [row["split"] for row in rows] == [
+        "train" if row["source"] == "a.csv" else row.get("split", "train") for row in expected
+    ]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_several_data_sets_are_continued_and_compared(
+    run: Path, place: Path, several: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert mirrortune("predict", run, *several, "-o", f"whole-{name}").exit_code == 0
+    words = ("predict", run, *several, "-o", name)
+    with monkeypatch.context() as broken:
+        fail_at(5, broken, KeyboardInterrupt())  # in the last
+        assert mirrortune(*words).exit_code == 130
+    content = (place / "b" / "test.csv").read_bytes()
+    (place / "b" / "test.csv").write_bytes(content + b"bad\n")
+    changed = mirrortune(*words, "--resume")
+    assert (changed.exit_code, "data: 2 (b): test.csv has changed" in changed.said) == (2, True), changed.said
+    (place / "b" / "test.csv").write_bytes(content)
+    resumed = mirrortune(*words, "--resume")
+    assert "continuing after 74 rows" in resumed.said
+    assert (place / name).read_bytes() == (place / f"whole-{name}").read_bytes()
+
+
+def test_several_data_sets_that_do_not_fit_are_named(run: Path, place: Path, several: tuple[object, ...]) -> None:
+    refused = mirrortune("predict", run, *several, "-o", "out.parquet")
+    assert refused.exit_code == 3
+    assert "a.csv and c.jsonl: column 'id' holds string in one, int64 in the other" in refused.said
+    (place / "d.jsonl").write_text('{"text": ["good"]}\n')
+    broken = mirrortune("predict", run, "-d", "a.csv", "-d", "d.jsonl")
+    assert (broken.exit_code, "d.jsonl" in broken.said) == (3, True)
+    piped = predict_with_input(run, b"bad\ngood\n", "-d", "a.csv", "-d", "-", "-o", "out.parquet")
+    assert piped.exit_code == 0, piped.stderr
+    assert pq.read_table(place / "out.parquet").column("source").to_pylist() == ["a.csv"] * 70 + ["-"] * 2
+    assert mirrortune("predict", run, *several, "--bank", place, "--adapter-column", "id").exit_code == 2
+
+
 def test_the_data_that_a_run_names_is_printed(run: Path, place: Path) -> None:
     done = mirrortune("predict", run, "--split", "validation")
     assert done.exit_code == 0, done.stderr
