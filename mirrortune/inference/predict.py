@@ -17,6 +17,7 @@ import pyarrow as pa
 from mirrortune import __version__
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
+from mirrortune.data.files.media import named_files
 from mirrortune.data.loose import STDIN
 from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
@@ -266,12 +267,15 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
 
 
 def _facts_of_rows(fitted: Sequence[tuple[PredictionRows, Task]]) -> dict[str, Any]:
-    """Return facts that identify the rows, and the columns by which they are read."""
-    each = [{"task": task_to_dict(task), "data": rows.data.origin} for rows, task in fitted]
+    """Return facts that identify the rows and the files that they name, and the columns by which they are read."""
+    each = [
+        {"task": task_to_dict(task), "data": rows.data.origin, "files of rows": named_files(rows.data, task.columns())}
+        for rows, task in fitted
+    ]
     if len(each) == 1:
         return each[0]
     names = [f"{number} ({rows.name})" for number, (rows, _) in enumerate(fitted, 1)]
-    return {key: {name: own[key] for name, own in zip(names, each, strict=True)} for key in ("task", "data")}
+    return {key: {name: own[key] for name, own in zip(names, each, strict=True)} for key in each[0]}
 
 
 def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import soundfile
 from PIL import Image
 
 from tests.cli.console import mirrortune
+from tests.cli.test_predict import fail_at
 from tests.tiny_models import WORDS, write_tiny_audio, write_tiny_causal, write_tiny_seq2seq, write_tiny_vision
 
 Rows = list[dict[str, Any]]
@@ -162,7 +163,9 @@ def _sounds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
-def test_files_are_answered_as_by_eval_with_their_folders_and_without(kind: str, desk: Path) -> None:
+def test_files_are_answered_as_by_eval_with_their_folders_and_without(
+    kind: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, model, words = {
         "image": (_photos, write_tiny_vision, ()), "audio": (_sounds, write_tiny_audio, ("data.max_seconds=0.2",)),
     }[kind]  # fmt: skip
@@ -174,3 +177,16 @@ def test_files_are_answered_as_by_eval_with_their_folders_and_without(kind: str,
     assert all(row["score"] + row["score_2"] == pytest.approx(1, abs=1e-5) for row in found)
     loose = told("-d", sorted((desk / "files").iterdir())[0], "--top", 2)
     assert [row["prediction"] for row in loose] == [row["prediction"] for row in found[:8]]
+
+    files = sorted(path for path in Path("files").rglob("*") if path.is_file())
+    write(desk / "rows.jsonl", [{kind: str(file)} for file in (*files, *files * 4)])  # two blocks
+    words = ("predict", "run", "-d", "rows.jsonl", "-o", "answers.csv")
+    with monkeypatch.context() as broken:
+        fail_at(2, broken, KeyboardInterrupt())
+        assert mirrortune(*words).exit_code == 130
+    content = files[0].read_bytes()
+    files[0].write_bytes(content + b"\0")
+    changed = mirrortune(*words, "--resume")
+    assert (changed.exit_code, "files of rows: train has changed" in changed.said) == (2, True), changed.said
+    files[0].write_bytes(content)
+    assert mirrortune(*words, "--resume").exit_code == 0

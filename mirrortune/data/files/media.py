@@ -81,7 +81,7 @@ class FileCells:
         found = self._found(row)
         if found is None or isinstance(found, bytes):
             return None if found is None else len(found)
-        return found.stat().st_size if found.is_file() else None
+        return _size(found)
 
     def outside(self) -> list[int]:
         """Return the rows whose files are outside the folder, by their paths or through links."""
@@ -93,7 +93,7 @@ class FileCells:
         """Return the name and the size of the file of each row whose cell holds a path."""
         found = (self._found(row) for row in range(len(self)))
         places = (place for place in found if isinstance(place, Path))
-        return [f"{place.name} {place.stat().st_size if place.is_file() else None}" for place in places]
+        return [f"{place.name} {_size(place)}" for place in places]
 
     def unreadable(self, row: int, error: Exception | str) -> MirrortuneError:
         """Return the error for a file that could not be decoded, because of an exception or for the reason given."""
@@ -177,6 +177,13 @@ def named_files(data: DataSet, columns: Sequence[tuple[str, str]]) -> dict[str, 
         if lines:
             found[name] = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
     return found
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if there is none, or no file can have such a name."""
+    with suppress(OSError, ValueError):
+        return path.stat().st_size if path.is_file() else None
+    return None
 
 
 def _real(folder: Path, known: dict[Path, Path]) -> Path:

@@ -37,5 +37,10 @@ def test_files_of_a_table_are_known_by_their_names_and_sizes(tmp_path: Path) -> 
     assert named_in(tmp_path / "here", ["a.png", "b.png"]) != first
 
 
+def test_names_that_no_file_can_have_are_compared_too(tmp_path: Path) -> None:
+    found = [named_in(tmp_path, [name]) for name in ("a" * 5000, "b" * 5000, "a\0b")]
+    assert len({own["train"] for own in found}) == 3
+
+
 def test_content_in_the_table_names_no_file(tmp_path: Path) -> None:
     assert named_in(tmp_path, [b"12", b"34"]) == {}
