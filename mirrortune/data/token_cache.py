@@ -36,6 +36,7 @@ _COUNT, _DIGEST = "count.", "sha256"
 _UNSAFE = "made again: what the cache holds is another user's, and others may write it"
 _BLOCK = 1 << 20  # bytes
 _MAPPED = 1 << 26  # bytes; larger arrays stay on disk and are paged in as they are used
+_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file")  # settings of where a tokenizer came from
 _LONGEST_SHOWN = 24  # characters of a value; digests are longer
 
 Tokens = tuple[dict[str, IntArray], dict[str, int]]
@@ -181,9 +182,20 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if backend is not None:  # its description includes the settings of the last call, which do not matter
         backend.no_truncation()
         backend.no_padding()
-    description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    description = backend.to_str() if backend is not None else _slow_description(tokenizer)
     known = [type(tokenizer).__name__, tokenizer.truncation_side, list(tokenizer.model_input_names)]
     return hashlib.sha256((json.dumps(known) + description).encode()).hexdigest()
+
+
+def _slow_description(tokenizer: Any) -> str:
+    """Return what the tokens of a tokenizer written in Python depend on: its vocabulary, files and settings."""
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in _PLACE}
+    files = {}
+    for name in tokenizer.vocab_files_names:
+        path = settings.pop(name, None) or getattr(tokenizer, name, None)
+        if isinstance(path, str) and Path(path).is_file():
+            files[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return json.dumps([tokenizer.get_vocab(), files, settings], sort_keys=True, default=str)
 
 
 def _change(name: str, before: str | None, now: str | None) -> str:

@@ -115,7 +115,7 @@ class Task(TextTask, WritesText, Answers):
     system: str = field(default="", metadata=RARE)
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
-    version: int = 2
+    version: int = 3
 
     @classmethod
     @override
@@ -249,7 +249,7 @@ class Task(TextTask, WritesText, Answers):
             problem = f"no answer begins within {reading.num_tokens} tokens"
             raise DataError(split.source, problem, fix="Raise --max-length")
         weights = arrays.pop("weights")
-        rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found]).astype(np.int64)
+        rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found])
         del arrays["numbers"]
         kept = None if len(rows) == split.table.num_rows else rows
         examples = self._examples(arrays, counts, processor, reading.num_tokens, kept)
@@ -286,7 +286,8 @@ class Task(TextTask, WritesText, Answers):
         faults = np.zeros(len(made.keep), dtype=np.int32)
         faults[made.keep] = made.arrays.pop("faults")
         refuse_faults(faults, places, self.label_column or self.text_columns[0])
-        return made.arrays, made.counts
+        # Not cached: the same rows may be at other positions, between other blank ones.
+        return made.arrays | {"numbers": np.flatnonzero(made.keep)[made.arrays.pop("used") > 0]}, made.counts
 
     def _answered(
         self, examples: TokenExamples, found: Sequence[tuple[tuple[Task, Split, Rows], Tokens]], processor: TextReader
@@ -295,7 +296,7 @@ class Task(TextTask, WritesText, Answers):
         assert self.answer is not None
         expected: list[str] = []
         for (reader, split, _), (arrays, _) in found:
-            column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"].astype(np.int64)
+            column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"]
             texts = [reader.answer_text(cell) for cell in cells(split.table.take(numbers), column)]
             expected += expected_answers(texts, self.answer, split, numbers, column)
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
@@ -408,9 +409,9 @@ class Task(TextTask, WritesText, Answers):
     def _tokenise(
         self, columns: Columns, numbers: Rows, processor: TextReader, reading: Reading, places: RowPlaces
     ) -> Tokens:
-        """Tokenise rows; return tokens, targets, a weight per row, and in ``faults`` (N,) a code for a problem or 0."""
-        ids, targets, weights, kept, counts = [], [], [], [], Counter[str]()
-        faults, max_length = np.zeros(len(numbers), dtype=np.int32), reading.max_length
+        """Tokenise rows; return tokens, targets and weights of those ``used`` (N,), and ``faults`` (N,): codes or 0."""
+        ids, targets, weights, counts, max_length = [], [], [], Counter[str](), reading.max_length
+        faults, used = (np.zeros(len(numbers), dtype=np.int32) for _ in range(2))
         for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
             where = places.where(number)
             own = row[: len(row) - len(self.added_columns)]
@@ -432,15 +433,14 @@ class Task(TextTask, WritesText, Answers):
                 ids.append(row_ids[:max_length])
                 targets.append(wanted[:max_length])
                 weights.append(round(weight * WEIGHT_UNIT))
-                kept.append(number)
+                used[place] = 1
         (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
         counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
         counts["num_tools_lost"] = num_tools_lost(
             columns, self.added_columns, processor, self.layout, self.system, places.source
         )
-        arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults}
-        arrays |= {"weights": np.array(weights, dtype=np.int32), "numbers": np.array(kept, dtype=np.int64)}
-        return arrays, dict(counts)
+        arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults, "used": used}
+        return {**arrays, "weights": np.array(weights, dtype=np.int32)}, dict(counts)
 
     def prompt_of(self, row: Sequence[Any], processor: TextReader, where: str) -> list[int]:
         """Return the tokens of a row's prompt, from the cells of its text columns and of the added ones."""

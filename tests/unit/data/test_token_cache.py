@@ -197,3 +197,27 @@ def test_tokens_that_are_not_those_of_the_key_are_made_again(
     assert ask(KEY)["input_ids"].tolist() == [1, 2, 3]
     assert ": made again: " in said[-1]
     assert ("another user's" in said[-1]) == (how == "another user's")
+
+
+def test_a_tokenizer_written_in_python_is_known_by_its_settings_and_not_by_its_folder(tmp_path: Path) -> None:
+    from transformers import BertJapaneseTokenizer
+
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nA\nb\n##b\nab\n", encoding="utf-8")
+
+    def digest(**settings: Any) -> tuple[str, list[list[int]]]:
+        made = BertJapaneseTokenizer(str(vocabulary), word_tokenizer_type="basic", **settings)
+        folders = [tmp_path / f"{name}{len(list(tmp_path.iterdir()))}" for name in "xy"]
+        for folder in folders:
+            made.save_pretrained(folder)
+        read = [BertJapaneseTokenizer.from_pretrained(folder) for folder in folders]
+        parts = [TokenKey.of("rows", "", own, task=("text", 1)).parts["tokenizer"] for own in read]
+        assert parts[0] == parts[1]
+        return parts[0], [own("A ab")["input_ids"] for own in read]
+
+    found = [
+        digest(do_lower_case=True, subword_tokenizer_type="wordpiece"),
+        digest(do_lower_case=False, subword_tokenizer_type="wordpiece"),
+        digest(do_lower_case=False, subword_tokenizer_type="character"),
+    ]
+    assert len({part for part, _ in found}) == len({str(ids) for _, ids in found}) == len(found)

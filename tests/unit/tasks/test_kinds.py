@@ -51,6 +51,24 @@ def test_a_prompt_without_its_completion_is_not_learned_as_nothing() -> None:
         task.encode(Split(table=rows, source="rows"), reader, Reading(max_length=16))
 
 
+def test_rows_from_the_cache_of_tokens_have_the_places_of_their_own_split() -> None:
+    reader, told = TextReader(tokenizer=tiny_chat_tokenizer(), is_chat=False, takes_positions=True), list[str]()
+    rows, blank = [("a film", "1"), ("a plot", "2"), ("the cast", "3")], (" ", " ")
+
+    def encoded(*given: tuple[str, str], **settings: Any) -> Any:
+        prompts, answers = zip(*given, strict=True)
+        table = pa.table({"prompt": prompts, "completion": answers})
+        task = task_class("causal-lm").from_rows(table, "rows", **settings)[0]
+        reading = Reading(max_length=16, drop_blank=True, tell=told.append)
+        return task.encode(Split(table=table, source="rows"), reader, reading)
+
+    assert encoded(rows[0], blank, *rows[1:]).split_rows.tolist() == [0, 2, 3]
+    assert encoded(*rows, blank).split_rows.tolist() == [0, 1, 2]
+    assert encoded(*rows).split_rows.tolist() == [0, 1, 2]
+    assert encoded(blank, *rows, answer="gsm8k").expected == ("1", "2", "3")
+    assert [line.rpartition(": ")[2] for line in told] == ["made for the first time", *["from the cache"] * 3]
+
+
 def test_several_classes_are_written_side_by_side(tmp_path: Path) -> None:
     write_predictions(tmp_path / "p.tsv", np.array([[1, 0, 1], [0, 0, 0]]), ("a", "b", "c"), None)
 
