@@ -128,7 +128,7 @@ class Task(TextTask, SmoothsLabels):
         check_named(table, source, named)
         text = text_columns or next((tuple(names[n] for n in c) for c in _CONTEXTS if set(c) <= set(names)), ())
         lists = [(names[n],) for n in _LISTS if n in names]
-        numbered = tuple(sorted(n for n in table.column_names if _NUMBERED.fullmatch(n)))
+        numbered = tuple(sorted((n for n in table.column_names if _NUMBERED.fullmatch(n)), key=_in_parts))
         choices = choice_columns or next(iter(lists), numbered)
         label = label_column or next((names[n] for n in _LABELS if n in names and names[n] not in choices), None)
         if not text or len(text) > 2 or not choices or label is None:
@@ -270,6 +270,11 @@ class Task(TextTask, SmoothsLabels):
             rows.append(texts)
             right.append(_index(label, len(texts), names, where))
         return rows, right
+
+
+def _in_parts(name: str) -> list[str | int]:
+    """Return the texts and numbers in a column name, by which ``option10`` comes after ``option2``."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _endings(row_cells: Sequence[Any], where: str) -> tuple[list[str], list[str] | None]:

@@ -158,7 +158,7 @@ class Task(TextTask):
             features=arrays,
             offsets=offsets,
             targets=np.stack([arrays.pop("first"), arrays.pop("last")], axis=1).astype(np.int64),
-            padding=Padding.of(processor),
+            padding=Padding(side="right", fill=Padding.of(processor).fill),  # targets are positions in the window
             max_length=max_length,
             num_unlabelled=int(counts[missing].sum()),
             notes=(f"{len(counts):,} questions, {int((counts > 1).sum()):,} of them read through several windows",),

@@ -48,6 +48,12 @@ def test_every_ending_stands_behind_its_context(tokenizer: Any) -> None:
     assert batch["targets"].tolist() == [[0, 2], [1, 2]]
 
 
+def test_numbered_endings_are_in_the_order_of_their_numbers() -> None:
+    names = [f"option{number}" for number in range(1, 12)]
+    table = pa.table({"question": ["a"], **{name: [name] for name in reversed(names)}, "label": [1]})
+    assert CHOICE.from_rows(table, "rows.jsonl")[0].choice_columns == tuple(names)
+
+
 def test_rows_may_have_different_numbers_of_endings(tokenizer: Any) -> None:
     table = pa.table({
         "question": ["a", "the"],

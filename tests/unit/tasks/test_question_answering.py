@@ -17,6 +17,7 @@ from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import score
+from tests.tiny_models import tiny_tokenizer
 
 KIND = task_class("question-answering")
 CONTEXT = "the old film was good , but the new movie was very very awful and so dull"
@@ -61,6 +62,18 @@ def test_targets_are_the_tokens_of_the_answer(tokenizer: Any) -> None:
     (start, end) = found.targets[0]
     assert tokenizer.decode(found.features["input_ids"][start : end + 1]) == "very very awful"
     assert said(task, found, told(found, [start], [end])) == ["very very awful"]
+
+
+def test_targets_are_those_tokens_also_for_a_tokenizer_that_pads_on_the_left() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    table = pa.concat_tables([rows(answer("very very awful")), rows(answer("film", 2), context="a film")])
+    batch = encode(tokenizer, table)[1].batch(np.arange(2))
+    found = [
+        tokenizer.decode(ids[start : end + 1])
+        for ids, (start, end) in zip(batch["input_ids"], batch["targets"], strict=True)
+    ]
+    assert found == ["very very awful", "film"]
 
 
 def test_every_window_knows_whether_it_has_the_answer(tokenizer: Any) -> None:
