@@ -24,34 +24,40 @@ from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, sh
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, read_recipe, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
+from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError, VerificationError
 from mirrortune.reports.finished_run import read_json
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import Job, assemble
 from mirrortune.runs.load import load_base
 from mirrortune.runs.results import check_same_base, check_same_data
 from mirrortune.runs.rows import read_data
-from mirrortune.system.atomic import write_text_atomically
+from mirrortune.system.atomic import discard, write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import (
     COMPARISON,
+    RUN,
     Input,
     Marker,
     check_place,
     holds_nothing,
     read_marker,
     settle,
+    strangers,
     write_marker,
 )
 from mirrortune.system.paths import child_environment
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import read_status
+from mirrortune.system.signals import STOP_SIGNALS, ends_as
 from mirrortune.tasks.metrics import METRICS
 
 # Settings that do not affect results: where batches are prepared, the permission to run a model's code, and the method
 # of the recipe, since every run has that of its contender.
 _FREE = ("train.num_workers", "model.trust_remote_code", "adapter.method")
+# Exit codes of a resumed run whose checkpoint is damaged or from an older version. After any other failure, such as a
+# lack of memory, the checkpoint can be continued.
+_UNUSABLE = (ConfigError.exit_code, VerificationError.exit_code)
 
 
 @dataclass(slots=True)
@@ -72,6 +78,7 @@ class Comparison:
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lrs: dict[Path, tuple[int, Any]] = field(default_factory=dict)
+    _signal: int = 0
 
     def contender(self, label: str) -> Contender:
         """Return the method with the given label."""
@@ -148,37 +155,45 @@ class Comparison:
 
         Raises:
             MirrortuneError: a cell failed for another reason than divergence.
-            InterruptedRun: SIGINT or SIGTERM arrived; the next call continues running cells from their checkpoints.
+            InterruptedRun: SIGINT, SIGTERM or SIGUSR1 arrived; the next call continues running cells from their
+                checkpoints.
         """
-        waiting: dict[Future[None], Cell] = {}
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, self._stop) for s in STOP_SIGNALS}
         try:
             with ThreadPoolExecutor(jobs) as pool:
-                slots = list(range(jobs))
-                while not self._stopped.is_set():
-                    todo = [c for c in next_cells(self.grid, self.score) if c not in waiting.values()]
-                    if not todo and not waiting:
-                        return
-                    while slots and todo:
-                        cell, slot = todo.pop(0), slots.pop(0)
-                        future = pool.submit(self._run_cell, cell, slot, jobs)
-                        future.add_done_callback(lambda _, slot=slot: slots.append(slot))  # type: ignore[misc]
-                        waiting[future] = cell
-                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        cell = waiting.pop(future)
-                        future.result()
-                        self.reporter.note(self._describe(cell))
-        except BaseException:
-            self._stop(signal.SIGTERM)
-            raise
+                try:
+                    is_complete = self._run_all(pool, jobs)
+                except BaseException:
+                    self._stop(signal.SIGTERM)  # before the pool waits for the other cells
+                    raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        raise InterruptedRun(
-            str(self.root), "the comparison was interrupted; finished runs are kept", signal_number=signal.SIGINT,
-            fix="Give the same command again to go on",
-        )  # fmt: skip
+        if not is_complete:
+            raise InterruptedRun(
+                str(self.root), "the comparison was interrupted; finished runs are kept",
+                signal_number=ends_as(self._signal), fix="Give the same command again to go on",
+            )  # fmt: skip
+
+    def _run_all(self, pool: ThreadPoolExecutor, jobs: int) -> bool:
+        """Run cells until the comparison is complete, or return False after a signal."""
+        waiting: dict[Future[None], Cell] = {}
+        slots = list(range(jobs))
+        while not self._stopped.is_set():
+            todo = [c for c in next_cells(self.grid, self.score) if c not in waiting.values()]
+            if not todo and not waiting:
+                return True
+            while slots and todo:
+                cell, slot = todo.pop(0), slots.pop(0)
+                future = pool.submit(self._run_cell, cell, slot, jobs)
+                future.add_done_callback(lambda _, slot=slot: slots.append(slot))  # type: ignore[misc]
+                waiting[future] = cell
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell = waiting.pop(future)
+                future.result()
+                self.reporter.note(self._describe(cell))
+        return False
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
         who = self.contender(cell.label)
@@ -208,21 +223,15 @@ class Comparison:
         words = ["train", str(file), "-o", str(folder), "-q"]
         if self.recipes[cell.task].model.trust_remote_code:  # must be a flag, because recipes cannot permit it
             words.append("--trust-remote-code")
-        words.append("--resume" if has_begun else "--overwrite")
-        code, said = self._command(words, slot, jobs)
-        is_retried = code and has_begun and not self.has_diverged(cell)
-        if is_retried and not self._stopped.is_set():  # the checkpoint is damaged or from an older version
-            code, said = self._command([*words[:-1], "--overwrite"], slot, jobs)
+        code, said = self._command([*words, "--resume"], slot, jobs) if has_begun else (0, "")
+        is_useless = code in _UNUSABLE and not self.has_diverged(cell)
+        if (is_useless or not has_begun) and not self._stopped.is_set():
+            _remove_run(folder)
+            code, said = self._command([*words, "--overwrite"], slot, jobs)
         if self._stopped.is_set():
             return
         if code and not self.has_diverged(cell):
-            # Warnings of libraries may precede the error.
-            problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
-            where = f"{cell.task}, {cell.label}, lr {shown_lr(cell.lr)}, seed {cell.seed}"
-            error = MirrortuneError(where, problem)
-            error.args = (f"{where}: {problem}",)  # which may have several lines
-            error.exit_code = code
-            raise error
+            raise _failed(cell, code, said)
         RunDirectory(folder).remove_checkpoints()
 
     def _command(self, words: Sequence[str], slot: int, jobs: int) -> tuple[int, str]:
@@ -239,6 +248,7 @@ class Comparison:
         return process.returncode, said.strip()
 
     def _stop(self, number: int, frame: object = None) -> None:
+        self._signal = self._signal or number
         self._stopped.set()
         for process in list(self._running):
             process.send_signal(signal.SIGTERM)
@@ -303,6 +313,35 @@ class Comparison:
                 where, otherwise = str(run.path), "choose another folder with -o"
                 check_same_data(own, run, self.reporter, where=where, otherwise=otherwise)
                 check_same_base(own_weights, run, where=where, otherwise=otherwise)
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete the run of a cell that cannot be continued, if there is one and it holds no files of others.
+
+    The new run must not set it aside: if the new run diverged before its first checkpoint, the old one would be
+    restored, and the record of the divergence would be lost.
+    """
+    with claimed(folder):
+        settle(folder)
+        marker = read_marker(folder)
+        if marker is not None and marker.kind == RUN.name and not strangers(folder, marker):
+            discard(folder, is_ours=marker.owns)
+
+
+def _failed(cell: Cell, code: int, said: str) -> MirrortuneError:
+    """Return the error for a cell whose process ended with an exit code; ``said`` is what it wrote to stderr."""
+    where = f"{cell.task}, {cell.label}, lr {shown_lr(cell.lr)}, seed {cell.seed}"
+    if code < 0:  # the process had no chance to say anything
+        name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+        fix = "Give the same command again to go on, with fewer --jobs if memory ran out"
+        error = MirrortuneError(where, f"its process was ended by {name}", fix=fix)
+    else:
+        # Warnings of libraries may precede the error.
+        problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
+        error = MirrortuneError(where, problem)
+        error.args = (f"{where}: {problem}",)  # which may have several lines
+    error.exit_code = code if code > 0 else 128 - code
+    return error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 # One Ctrl-C reaches a process twice in quick succession: from the terminal and forwarded by the launcher. Only a SIGINT
 # that arrives later than this is a second Ctrl-C.
 IMPATIENT_AFTER_SECONDS = 2.0
-_WARNINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopSignals:
@@ -40,7 +40,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         try:
-            self._previous = {s: signal.signal(s, self._note) for s in _WARNINGS}
+            self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         except ValueError:  # not in the main thread: signals are left to the embedding program
             self._previous = {}
         else:
@@ -84,7 +84,7 @@ def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
     has_told = False
     with arrived:
         while numbers := arrived.recv(64):
-            first = next((number for number in numbers if number in _WARNINGS), None)
+            first = next((number for number in numbers if number in STOP_SIGNALS), None)
             if first is not None and not has_told:
                 has_told = True
                 tell(first)
