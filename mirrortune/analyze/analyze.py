@@ -35,7 +35,7 @@ class Analysis:
         base, tuned: names of the checkpoints as given by the user.
         matrices: all matrices, in the order of the base.
         overall: summary of all matrices.
-        by_kind, by_depth: summaries of groups of matrices.
+        by_kind, by_depth: summaries of groups of matrices; depths ascend, and ``outside`` comes last.
         curves: share of the change that each method could have captured.
         claims: published findings, tested on these checkpoints.
         verdict: conclusions as sentences.
@@ -143,7 +143,9 @@ def _collect(
     found = changed(matrices)
     overall, methods = summarise(matrices, energies), curves(found)
     num_weights = sum(math.prod(c.shape) for c in found)
-    depths = by(matrices, lambda m: "outside" if m.depth is None else str(m.depth))
+    # Safetensors headers are sorted by name, so layer 10 precedes layer 2 in them.
+    layered = sorted(matrices, key=lambda m: math.inf if m.depth is None else m.depth)
+    depths = by(layered, lambda m: "outside" if m.depth is None else str(m.depth))
     return Analysis(
         base=base.label,
         tuned=tuned.label,

@@ -202,6 +202,24 @@ def test_an_adapter_alone_is_compared_with_its_own_base(done: Checkpoints, tmp_p
     assert "plane_angles" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_layers_are_listed_by_their_number(tmp_path: Path) -> None:
+    """Headers of safetensors files are sorted by name: layer 10 precedes layer 2."""
+    paths = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
+    names = [*(f"layers.{i}.up.weight" for i in range(12)), "head.weight"]
+    before = {name: torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(names)}
+    after = {name: weight * (1 + 0.01 * i) for i, (name, weight) in enumerate(before.items(), start=1)}
+    for path, tensors in zip(paths, (before, after), strict=True):
+        save_file(tensors, path, {"format": "pt"})
+    done = mirrortune("analyze", *paths)
+    data = mirrortune("analyze", *paths, "--json").data
+
+    assert "From layer 0 to 11:" in done.stdout
+    assert re.search(r"change of the norm +▁▁?▂.*█ ", done.stdout)
+    assert list(data["by_depth"]) == [*map(str, range(12)), "outside"]
+    found = [data["by_depth"][str(i)]["relative"] for i in range(12)]
+    assert found == pytest.approx([0.01 * i for i in range(1, 13)], rel=1e-4)
+
+
 def complaint(*words: object) -> Outcome:
     found = mirrortune("analyze", *words)
     assert found.exit_code != 0
