@@ -135,11 +135,14 @@ def as_asked(spec: AdapterSpec) -> AdapterSpec:
 
 
 def check_asked(spec: AdapterSpec) -> None:
-    """Check that :func:`as_asked` can use the rank.
+    """Check what only a user can correct: that :func:`as_asked` can use the rank, and that the method uses the settings
+    that choose and split layers. Adapters of earlier versions may hold settings that their method does not use.
 
     Raises:
-        ConfigError: it is not an integer, or the option that it sets is given as well.
+        ConfigError: the rank is not an integer, or the option that it sets is given as well; or a setting is unused.
     """
+    if errors := _unused_errors(spec):
+        raise ConfigError.several(errors)
     option = spec.preset.rank_option
     if option is None or spec.rank is None:
         return
@@ -148,6 +151,21 @@ def check_asked(spec: AdapterSpec) -> None:
     raise ConfigError(
         "adapter.rank", f"got {spec.rank!r}", allowed=f"a number, for method '{spec.method}': it sets {option}"
     )
+
+
+def _unused_errors(spec: AdapterSpec) -> list[ConfigError]:
+    """Return errors for settings of layers that a method without an adapter, or PEFT's tuners, would ignore."""
+    given: dict[str, Any] = {"split": spec.split or None}
+    if not spec.preset.is_adapter:
+        is_default = spec.target_modules == AdapterSpec().target_modules
+        given |= {"target_modules": None if is_default else spec.target_modules, "strategy": spec.strategy}
+    elif spec.preset.peft is None:
+        return []
+    return [_no_such(spec, key, value) for key, value in given.items() if value is not None]
+
+
+def _no_such(spec: AdapterSpec, key: str, value: object) -> ConfigError:
+    return ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
 
 
 def check_spec(spec: AdapterSpec) -> None:
@@ -171,11 +189,7 @@ def check_spec(spec: AdapterSpec) -> None:
         ignored = {
             "rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None, "layers": spec.layers,
         }  # fmt: skip
-        errors += [
-            ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
-            for key, value in ignored.items()
-            if value is not None
-        ]
+        errors += [_no_such(spec, key, value) for key, value in ignored.items() if value is not None]
     else:
         core = CORES.get(chosen.core, "adapter.method")
         checks: list[Callable[[], object]] = [
@@ -207,11 +221,7 @@ def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
         ignored["rank"] = None if spec.rank is None else str(spec.rank)
     elif isinstance(spec.rank, str):
         errors.append(ConfigError("adapter.rank", f"got {spec.rank!r}", allowed=f"a number for method '{spec.method}'"))
-    return errors + [
-        ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
-        for key, value in ignored.items()
-        if value is not None
-    ]
+    return errors + [_no_such(spec, key, value) for key, value in ignored.items() if value is not None]
 
 
 def _no_rank_out(spec: AdapterSpec) -> ConfigError:

@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import (
     spectral_layers,
     trainable_parameters,
 )
-from mirrortune.adapters.spec import AdapterSpec, check_spec, make_pairs
+from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
 from tests.spectral import relative, train_a_little
@@ -294,6 +294,15 @@ def test_settings_that_mean_nothing_are_refused_all_at_once(spec: AdapterSpec, w
         check_spec(spec)
     assert all(word in str(caught.value) for word in words)
     assert caught.value.exit_code == 2
+
+
+def test_settings_of_layers_are_refused_where_none_is_adapted() -> None:
+    asked = AdapterSpec(method="full", target_modules="query", split={"c_attn": 3}, strategy="dense")
+    with pytest.raises(ConfigError) as caught:
+        check_asked(asked)
+    for words in ("target_modules, got 'query'", "split, got {'c_attn': 3}", "strategy, got 'dense'"):
+        assert f"method 'full' has no {words}. Remove it" in str(caught.value)
+    check_spec(asked)  # as in an adapter of an earlier version
 
 
 def test_layers_that_a_model_calls_through_a_list_are_adapted_where_they_are() -> None:

@@ -225,6 +225,13 @@ def test_settings_that_a_tuner_would_ignore_are_refused(fields: dict[str, Any], 
     assert all(p.requires_grad for p in model.parameters())  # untouched
 
 
+def test_fused_layers_are_not_split_for_a_tuner() -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter\.split: method 'lora' has no split, got \{'query': 2\}\. Remove it"
+    ):
+        mirrortune.attach(small_bert(), method="lora", split={"query": 2})
+
+
 BAD_OPTIONS = [
     ("lora", {"lora_drop": 0.1}, r"options\.lora_drop: method 'lora' has no option .* Did you mean 'lora_dropout'"),
     ("lora", {"lora_dropout": "much"}, r"options\.lora_dropout: got 'much'\. Allowed: a number"),
