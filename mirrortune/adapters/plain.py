@@ -342,15 +342,41 @@ def hold_statistics(model: nn.Module, trained: Collection[str]) -> None:
 
     The layer is switched whenever it is called, because any training loop calls ``model.train()``.
     """
+    held = []
     for path, module in model.named_modules():
         own = own_statistics(module)
         hooks = module._forward_pre_hooks  # noqa: SLF001
-        for key in [key for key, hook in hooks.items() if hook is _evaluate]:  # of an adapter that failed to attach
-            del hooks[key]
+        for key in [k for k, hook in hooks.items() if hook is _evaluate or isinstance(hook, _Replacements)]:
+            del hooks[key]  # of an adapter that failed to attach
         if own and not any((f"{path}.{name}" if path else name) in trained for name in own):
             module.register_forward_pre_hook(_evaluate, prepend=True)
+            around, _, name = path.rpartition(".")
+            held += [(model.get_submodule(around), name, module)] if path else []
+    if held:
+        model.register_forward_pre_hook(_Replacements(held), prepend=True)
 
 
 def _evaluate(module: nn.Module, _: object) -> None:
     if module.training:
         module.training = False
+
+
+class _Replacements:
+    """Holds the statistics of layers that take the place of held ones, such as those that
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes; a forward pre-hook of the model.
+
+    Args:
+        held: (module around a layer, name of the layer in it, the layer).
+    """
+
+    def __init__(self, held: list[tuple[nn.Module, str, nn.Module]]) -> None:
+        self._held = held
+
+    def __call__(self, model: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for place, (around, name, layer) in enumerate(self._held):
+            now = around._modules.get(name)  # noqa: SLF001
+            if now is not layer and now is not None:
+                now.register_forward_pre_hook(_evaluate, prepend=True)
+                self._held[place] = around, name, now

@@ -255,7 +255,11 @@ POOLER, HEADS = "bert.pooler.activation.1", "classifier.0"
 
 def trained(base: nn.Module, **settings: Any) -> nn.Module:
     """An adapted copy after a few steps of a loop of the user's own, in training mode."""
-    model = mirrortune.attach(copy.deepcopy(base), **settings)
+    return after_steps(mirrortune.attach(copy.deepcopy(base), **settings))
+
+
+def after_steps(model: Any) -> nn.Module:
+    """An adapted model after a few steps of a loop of the user's own, in training mode."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     for step in range(3):
@@ -263,7 +267,25 @@ def trained(base: nn.Module, **settings: Any) -> nn.Module:
         torch.as_tensor(model(input_ids=ids, labels=ids[:, 0] % 2).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert isinstance(model, nn.Module)
     return model
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_statistics_are_held_in_layers_that_synchronise_processes(tmp_path: Path, is_copied: bool) -> None:
+    """These take the place of others when a model is converted, after the adapter was attached too."""
+    base = normed_bert()
+    whole = trained(base)
+    model = mirrortune.attach(copy.deepcopy(base))
+    if is_copied:
+        model = copy.deepcopy(model)
+    model = after_steps(nn.SyncBatchNorm.convert_sync_batchnorm(model.train()))
+    assert isinstance(model.get_submodule(POOLER), nn.SyncBatchNorm)
+    for (name, found), expected in zip(model.named_buffers(), whole.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = mirrortune.load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize(
