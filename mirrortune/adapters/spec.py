@@ -157,11 +157,20 @@ def _unused_errors(spec: AdapterSpec) -> list[ConfigError]:
     """Return errors for settings of layers that a method without an adapter, or PEFT's tuners, would ignore."""
     given: dict[str, Any] = {"split": spec.split or None}
     if not spec.preset.is_adapter:
-        is_default = spec.target_modules == AdapterSpec().target_modules
-        given |= {"target_modules": None if is_default else spec.target_modules, "strategy": spec.strategy}
+        given |= {"strategy": spec.strategy}
     elif spec.preset.peft is None:
         return []
     return [_no_such(spec, key, value) for key, value in given.items() if value is not None]
+
+
+def unused_targets(spec: AdapterSpec) -> str | None:
+    """Return a remark if ``target_modules`` has no effect, or None.
+
+    It is no error: recipes set it for their adapters, and are trained with ``full`` and ``none`` to compare.
+    """
+    if spec.preset.is_adapter or spec.target_modules == AdapterSpec().target_modules:
+        return None
+    return f"adapter.target_modules is not used: '{spec.method}' adapts no layers"
 
 
 def _no_such(spec: AdapterSpec, key: str, value: object) -> ConfigError:

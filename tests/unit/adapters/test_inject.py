@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import (
     spectral_layers,
     trainable_parameters,
 )
-from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs
+from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs, unused_targets
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
 from tests.spectral import relative, train_a_little
@@ -300,9 +300,12 @@ def test_settings_of_layers_are_refused_where_none_is_adapted() -> None:
     asked = AdapterSpec(method="full", target_modules="query", split={"c_attn": 3}, strategy="dense")
     with pytest.raises(ConfigError) as caught:
         check_asked(asked)
-    for words in ("target_modules, got 'query'", "split, got {'c_attn': 3}", "strategy, got 'dense'"):
+    for words in ("split, got {'c_attn': 3}", "strategy, got 'dense'"):
         assert f"method 'full' has no {words}. Remove it" in str(caught.value)
     check_spec(asked)  # as in an adapter of an earlier version
+    assert unused_targets(asked) == "adapter.target_modules is not used: 'full' adapts no layers"
+    assert unused_targets(AdapterSpec(method="full")) is None
+    assert unused_targets(AdapterSpec(target_modules="query")) is None
 
 
 def test_layers_that_a_model_calls_through_a_list_are_adapted_where_they_are() -> None:
