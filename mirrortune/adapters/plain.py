@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -338,17 +339,22 @@ def _is_trained(model: nn.Module, path: str, trained: set[str]) -> bool:
 
 
 def hold_statistics(model: nn.Module, trained: Collection[str]) -> None:
-    """Keep every layer with running statistics in evaluation mode, except those whose statistics are ``trained``.
+    """Keep every layer with running statistics in evaluation mode, except those whose statistics are ``trained``; these
+    are in evaluation mode for a batch with one value per channel, which has no variance.
 
-    The layer is switched whenever it is called, because any training loop calls ``model.train()``.
+    A layer is switched whenever it is called, because any training loop calls ``model.train()``.
     """
     held = []
     for path, module in model.named_modules():
         own = own_statistics(module)
         hooks = module._forward_pre_hooks  # noqa: SLF001
-        for key in [k for k, hook in hooks.items() if hook is _evaluate or isinstance(hook, _Replacements)]:
+        for key in [k for k, hook in hooks.items() if hook in _HOOKS or isinstance(hook, _Replacements)]:
             del hooks[key]  # of an adapter that failed to attach
-        if own and not any((f"{path}.{name}" if path else name) in trained for name in own):
+        if own and any((f"{path}.{name}" if path else name) in trained for name in own):
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                module.register_forward_pre_hook(_evaluate_alone)
+                module.register_forward_hook(_train_again, always_call=True)
+        elif own:
             module.register_forward_pre_hook(_evaluate, prepend=True)
             around, _, name = path.rpartition(".")
             held += [(model.get_submodule(around), name, module)] if path else []
@@ -359,6 +365,24 @@ def hold_statistics(model: nn.Module, trained: Collection[str]) -> None:
 def _evaluate(module: nn.Module, _: object) -> None:
     if module.training:
         module.training = False
+
+
+_ALONE = "_mirrortune_alone"  # attribute of a layer that is called with one value per channel
+
+
+def _evaluate_alone(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    x = given[0] if given else None
+    if module.training and isinstance(x, Tensor) and x.ndim > 1 and x.numel() == x.shape[1]:
+        module.training = False
+        vars(module)[_ALONE] = True
+
+
+def _train_again(module: nn.Module, *_: object) -> None:
+    if vars(module).pop(_ALONE, False):
+        module.training = True
+
+
+_HOOKS = (_evaluate, _evaluate_alone)
 
 
 class _Replacements:

@@ -52,3 +52,11 @@ def test_the_scores_of_a_run_are_those_of_its_adapter_and_of_its_merged_model(
     steps = int(after["classifier.batch_norm.num_batches_tracked"])
     assert steps > 0
     assert int(after[f"levit.{own}"]) == int(before[own]) + (steps if method == "full" else 0)
+
+
+def test_an_epoch_may_end_with_a_batch_of_one_row(desk: Path, levit: Path) -> None:
+    write_images(desk / "img")
+    words = ("-m", levit, "-t", "image-classification", "-d", "img", "-o", "run", "--epochs", 1, "--batch-size", 4)
+    trained = mirrortune("train", *words, "data.max_train_rows=5", "--json")
+    assert trained.exit_code == 0, trained.stderr
+    assert mirrortune("eval", "run", "--json").data["metrics"] == trained.data["metrics"]

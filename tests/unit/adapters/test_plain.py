@@ -271,6 +271,21 @@ def after_steps(model: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "full"}], ids=str)
+def test_a_batch_of_one_row_is_normalised_by_the_running_statistics(settings: dict[str, Any]) -> None:
+    """It has no variance of its own; an epoch may end with one."""
+    model: Any = trained(normed_bert(), **settings)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    ids = torch.randint(5, 45, (1, 9), generator=torch.Generator().manual_seed(5))
+    found = model(input_ids=ids, labels=ids[:, 0] % 2)
+    found.loss.backward()
+    assert model.classifier[0].training
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model.get_parameter("classifier.1.weight").grad.abs().sum() > 0
+    after_steps(model)
+    assert not torch.equal(model.classifier[0].running_mean, before["classifier.0.running_mean"])
+
+
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_statistics_are_held_in_layers_that_synchronise_processes(tmp_path: Path, is_copied: bool) -> None:
     """These take the place of others when a model is converted, after the adapter was attached too."""
