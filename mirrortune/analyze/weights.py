@@ -279,7 +279,9 @@ def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
         with warnings.catch_warnings():  # about fields that this version of PEFT does not have
             warnings.simplefilter("ignore")
             config = peft.PeftConfig.from_pretrained(str(folder))
-        changes_weights = hasattr(config, "target_modules") and not config.is_prompt_learning
+        # A shadow model beside the base, which PEFT would download, is none of its weights either.
+        is_beside = config.is_prompt_learning or config.peft_type.value == "SHADOW"
+        changes_weights = hasattr(config, "target_modules") and not is_beside
     except _UNFORESEEN as error:
         raise ConfigError(label, f"PEFT cannot read its adapter_config.json ({first_line(error)})") from error
     if not changes_weights:

@@ -333,6 +333,9 @@ CASES = {
         foreign(peft_type="XLORA", hidden_size=32, adapters={"0": "evil/x"}), "analyze /model /foreign", 2,
         "changes no weights",
     ),
+    "another model for PEFT": Case(
+        foreign(peft_type="SHADOW", shadow_model="evil/x"), "analyze /model /foreign", 2, "changes no weights"
+    ),
     "a prompt for PEFT": Case(
         foreign(peft_type="PROMPT_TUNING", num_virtual_tokens=4), "analyze /model /foreign", 2, "changes no weights"
     ),

@@ -249,7 +249,7 @@ class PeftAdapterFile(AdapterFile):
             raise ValueError(f"{peft_files.CONFIG_FILE} is no object")
         largest = largest_count(layers, tensors)
         check_counts(peft_config.get(spec.preset.peft.rank), spec.options, largest)
-        if problem := objection(peft_config, largest):
+        if problem := objection(peft_config, largest, spec.preset.peft.kind):
             raise VerificationError(str(fields["folder"]), problem, fix="Save the adapter again without it")
         fingerprints = {name: Fingerprint.of_hash(layer["weight"]) for name, layer in layers.items()}
         responses = {name: layer["response"] for name, layer in layers.items()}

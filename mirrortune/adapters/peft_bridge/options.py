@@ -126,16 +126,21 @@ def stored_config(described: dict[str, Any], names: list[str]) -> Any:
         raise VerificationError("adapter_config.json", f"PEFT cannot read it ({first_line(error)})") from error
 
 
-def objection(described: Mapping[str, Any], largest: int) -> str | None:
+def objection(described: Mapping[str, Any], largest: int, kind: str | None = None) -> str | None:
     """Return the reason why a configuration from a file must not be passed to PEFT; None if it may be passed.
 
-    PEFT does not check the configuration: it matches patterns with layer names, allocates any number of directions, and
-    runs any number of iterations.
+    PEFT does not check the configuration: it builds the tuner that the file names (one of them downloads a model that
+    the file names too), matches patterns with layer names, allocates any number of directions, and runs any number of
+    iterations.
 
     Args:
         described: content of ``adapter_config.json``.
         largest: upper bound on the numbers of directions, tokens and layers.
+        kind: PEFT's name of the tuner that it must be of; None for any.
     """
+    if kind is not None and described.get("peft_type") != kind:
+        found = repr(described.get("peft_type"))[:60]
+        return f"'peft_type' of its adapter_config.json is {found}, which is not the tuner of its method ({kind})"
     if key := _holds_pattern(described):
         return f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run"
     if key := _endless(described):

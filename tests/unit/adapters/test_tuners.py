@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import mirrortune
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.description import edited_text
 from mirrortune.adapters.files.load import adapt, load_into
 from mirrortune.adapters.inject import adapter_parameters, attachment, spectral_layers
 from mirrortune.adapters.peft_bridge.options import check_options
@@ -288,6 +290,20 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
     with pytest.raises(VerificationError, match=r"adapter_config\.json: damaged"):
+        read_adapter(tmp_path)
+
+
+def test_a_configuration_of_another_tuner_is_refused(tmp_path: Path) -> None:
+    """A shadow tuner would download the model that the file names, and load it."""
+    save(tiny_spec("lora"), tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    shadow = {"peft_type": "SHADOW", "r": 8, "target_modules": stored["target_modules"], "shadow_model": "owner/name"}
+    text = json.dumps(shadow).encode()
+    (tmp_path / "adapter_config.json").write_bytes(text)
+    path = tmp_path / "adapter.json"
+    digest = hashlib.sha256(text).hexdigest()
+    path.write_text(edited_text(path.read_text(), lambda found: found.update(config_sha256=digest)))
+    with pytest.raises(VerificationError, match=r"'peft_type' of its adapter_config\.json is 'SHADOW', .*\(LORA\)"):
         read_adapter(tmp_path)
 
 
