@@ -11,7 +11,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
@@ -22,7 +22,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into, restore_into
 from mirrortune.adapters.files.tensors import Form
-from mirrortune.adapters.inject import attachment, check_plain, check_unwrapped, unwrapped
+from mirrortune.adapters.inject import attachment, changes, check_plain, check_unwrapped, unwrapped
 from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
@@ -202,10 +202,12 @@ def load_adapter(
     check_plain(model, "load_adapter")
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     adapter = read_adapter(folder)
-    for rows in filter(None, map(RowRange.parse, adapter.plain)):
-        make_room(model, rows.first, rows.stop)
-        vars(model)[_NEW_TOKENS] = adapter.base.get("new_tokens", [])
-    book = load_into(model, adapter, FactorCache(), force_base=force_base)
+    rows = [found for name in adapter.plain if (found := RowRange.parse(name))]
+    with changes(model) if rows else nullcontext():
+        for new in rows:
+            make_room(model, new.first, new.stop)
+            vars(model)[_NEW_TOKENS] = adapter.base.get("new_tokens", [])
+        book = load_into(model, adapter, FactorCache(), force_base=force_base)
     for remark in book.remarks:
         warnings.warn(f"loaded by force: {remark}", stacklevel=3)
     _remember(model, book)

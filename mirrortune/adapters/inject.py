@@ -7,7 +7,8 @@ PEFT's tuners are attached in ``peft_bridge`` by the same rules. An adapted laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,7 @@ LayerHook = Callable[[str, Tensor, Factors, Core], None]
 """Called with (layer name, matrix or stack, factors, core) for each layer that :func:`attach` replaces."""
 BANK = "_mirrortune_bank"
 """Name of the attribute that marks a model in an :class:`~mirrortune.AdapterBank`."""
+_HALF_CHANGED = "_mirrortune_half_changed"  # name of the attribute that marks a model left by a failed attach
 SpectralLayer = SpectralLinear | SpectralWeight
 """A module that adapts a weight: it replaces the layer of the weight, or is a parametrisation of the weight."""
 
@@ -102,30 +104,52 @@ def attach(
     for name, target in targets.layers.items():  # cores check their options before the model is changed
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
-    freeze(model, targets)
-    listed = _listed_modules(model)
-    layers: dict[str, AdaptedLayer] = {}
-    for name, target in targets.layers.items():
-        matrix = target.read(model)
-        factors = (factor_source or _compute)(name, matrix, target.rank)
-        core = build_core(spec, factors.S, name, target.shape, (pairs or {}).get(name))
-        if on_layer:
-            on_layer(name, matrix, factors, core)
-        if target.kind.is_quantised:
-            factors = factors.to(device=matrix.device, dtype=matrix.dtype)
-        strategy = (strategies or {}).get(name, spec.strategy)
-        layers[name] = _adapt(model, target, factors, core, strategy, listed)
-    model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
-    thaw(model)
+    with changes(model):
+        freeze(model, targets)
+        listed = _listed_modules(model)
+        layers: dict[str, AdaptedLayer] = {}
+        for name, target in targets.layers.items():
+            matrix = target.read(model)
+            factors = (factor_source or _compute)(name, matrix, target.rank)
+            core = build_core(spec, factors.S, name, target.shape, (pairs or {}).get(name))
+            if on_layer:
+                on_layer(name, matrix, factors, core)
+            if target.kind.is_quantised:
+                factors = factors.to(device=matrix.device, dtype=matrix.dtype)
+            strategy = (strategies or {}).get(name, spec.strategy)
+            layers[name] = _adapt(model, target, factors, core, strategy, listed)
+        model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
+        thaw(model)
     return model
 
 
+@contextlib.contextmanager
+def changes(model: nn.Module) -> Iterator[None]:
+    """Mark ``model`` as unusable if the block that changes it fails or is interrupted.
+
+    The changes are not undone: some layers are adapted then, and a second :func:`attach` would adapt the others only.
+    :func:`check_plain` and :func:`attachment` refuse a marked model.
+    """
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        vars(model)[_HALF_CHANGED] = True
+        raise
+
+
+def _check_whole(model: nn.Module, where: str) -> None:
+    if _HALF_CHANGED in vars(model):
+        problem = "an earlier attach() or load_adapter() has failed and left the model half changed"
+        raise ConfigError(where, problem, fix="Load the base model anew")
+
+
 def check_plain(model: nn.Module, where: str) -> None:
-    """Check that a model has no adapter and is in no bank.
+    """Check that a model has no adapter, is in no bank, and was not left half changed.
 
     Raises:
         ConfigError: it has, at ``where``.
     """
+    _check_whole(model, where)
     if isinstance(getattr(model, "mirrortune", None), Attachment):
         raise ConfigError(where, "the model has an adapter already", fix="Load the base model anew")
     if BANK in vars(model):
@@ -211,7 +235,8 @@ def check_unwrapped(model: nn.Module, where: str) -> None:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """Return the adapter of a model; raise a ConfigError if it has none."""
+    """Return the adapter of a model; raise a ConfigError if it has none, or was left half changed."""
+    _check_whole(model, "model")
     found = getattr(model, "mirrortune", None)
     if isinstance(found, Attachment):
         return found

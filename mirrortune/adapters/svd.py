@@ -35,6 +35,12 @@ _EXACT, _ORTHOGONAL = 1e-12, 1e-8
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise DataError if the weight of the layer ``name`` holds NaN or infinities."""
+    if not torch.isfinite(weight).all():
+        raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
+
+
 def decompose(matrix: Tensor, rank: int, name: str) -> Triplets:
     """Compute the ``rank`` leading triplets U (O, R), S (R,), Vh (R, I) of a finite float64 ``matrix`` (O, I), with
     arbitrary signs.
@@ -302,8 +308,7 @@ def factorize(
     shape = (weight.shape[0], weight.shape[1])
     kept = resolve_rank("out" if rank == shape[0] else rank, shape, name)
     matrix = weight.detach().to(torch.float64)
-    if not torch.isfinite(matrix).all():
-        raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
+    check_finite(name, matrix)
     found = None if device is None else decompose_on(device, matrix, min(kept, *shape), name)
     U, S, Vh = found or decompose(matrix, kept, name)
     signs = canonical_signs(U)

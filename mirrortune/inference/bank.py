@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
-from mirrortune.adapters.inject import BANK, Attachment, check_unwrapped
+from mirrortune.adapters.inject import BANK, check_plain, check_unwrapped
 from mirrortune.errors import ConfigError, did_you_mean, in_python_terms
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
@@ -55,10 +55,9 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, *, on_layer: Callable[[str], None] | None = None) -> None:
         check_unwrapped(model, "AdapterBank")
-        if isinstance(getattr(model, "mirrortune", None), Attachment):
-            raise ConfigError("AdapterBank", "the model has an adapter already", fix="Load the base model anew")
         if BANK in vars(model):
             raise ConfigError("AdapterBank", "the model is in another bank", fix="Use that one, or close() it first")
+        check_plain(model, "AdapterBank")
         self.model = model
         self._entries: dict[str, Entry | ReadAdapter] = {}
         self._seats: dict[str, Seat] = {}

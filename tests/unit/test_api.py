@@ -20,12 +20,16 @@ import torch
 from torch import nn
 
 import mirrortune
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.inject import adapter_parameters
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.cli.flags import FLAGS
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import ConfigError, VerificationError
-from tests.tiny_models import tiny_bert
+from mirrortune.errors import ConfigError, DataError, VerificationError
+from mirrortune.models.new_tokens import make_room
+from tests.tiny_models import tiny_bert, tiny_causal
 from tests.tiny_runs import logits
 
 
@@ -200,6 +204,78 @@ def test_an_adapter_is_loaded_once(tmp_path: Path) -> None:
     model = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"load_adapter: the model has an adapter already.*Load the base model anew"):
         mirrortune.load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("method", "rank"), [("mirror", "full"), ("mirror", 4), ("pissa", 4)])
+def test_a_model_that_an_attach_has_left_half_changed_is_refused(method: str, rank: Any, tmp_path: Path) -> None:
+    model = tiny_bert()
+    weight = model.get_parameter("bert.encoder.layer.1.output.dense.weight")
+    with torch.no_grad():
+        kept = float(weight[0, 0])
+        weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"layer\.1\.output\.dense: the weight holds NaN"):
+        mirrortune.attach(model, method=method, rank=rank)
+    with torch.no_grad():
+        weight[0, 0] = kept
+    if method == "pissa":  # all weights are read before the first layer is changed
+        mirrortune.attach(model, method=method, rank=rank)
+        return
+    refused = "an earlier attach.* has failed and left the model half changed.*Load the base model anew"
+    for use in (mirrortune.attach, mirrortune.AdapterBank):
+        with pytest.raises(ConfigError, match=refused):
+            use(model)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=refused):
+        mirrortune.save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["mirror", "lora"])
+def test_an_attach_that_is_interrupted_is_not_continued(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    # The tuner is attached to a copy first.
+    monkeypatch.setattr("mirrortune.adapters.inject.attach_rows", lambda own, _: own is not model or interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        mirrortune.attach(model, method=method)
+    with pytest.raises(ConfigError, match="half changed"):
+        mirrortune.attach(model, method=method)
+
+
+def test_a_model_that_a_load_has_left_half_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), rank=4), tmp_path / "adapter")
+    other = tiny_bert()
+    with torch.no_grad():
+        other.get_parameter("bert.encoder.layer.1.output.dense.weight").add_(1)
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        mirrortune.load_adapter(other, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"load_adapter: an earlier .* half changed"):
+        mirrortune.load_adapter(other, tmp_path / "adapter")
+    model = tiny_bert()
+    monkeypatch.setattr("mirrortune.adapters.files.adapter_file.AdapterFile.restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mirrortune.load_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="half changed"):
+        mirrortune.save_adapter(model, tmp_path / "again")
+
+
+def test_a_load_that_fails_after_the_embeddings_were_made_longer_is_not_repeated(tmp_path: Path) -> None:
+    model = make_room(tiny_causal("Llama", num_hidden_layers=1), 272, 274)
+    book = adapt(model, AdapterSpec(new_rows=(272, 274)), factor_source=FactorCache())
+    base = {"name": None, "dtype": "float32", "auto_class": "LlamaForCausalLM", "new_tokens": ["<a>", "<b>"]}
+    write_adapter(tmp_path, model, book.entries, base=base, task=None, extra={})
+    other = tiny_causal("Llama", seed=1, num_hidden_layers=1)
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        mirrortune.load_adapter(other, tmp_path)
+    with pytest.raises(ConfigError, match="half changed"):
+        mirrortune.attach(other)
+    # Also if it fails before the first layer.
+    other = tiny_causal("Llama", hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(VerificationError, match="of shape"):
+        mirrortune.load_adapter(other, tmp_path)
+    with pytest.raises(ConfigError, match="half changed"):
+        mirrortune.attach(other)
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 WRAPPERS = [

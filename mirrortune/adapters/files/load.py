@@ -24,6 +24,7 @@ from mirrortune.adapters.inject import (
     SpectralLayer,
     attach,
     attachment,
+    changes,
     checked_targets,
     spectral_layers,
 )
@@ -86,7 +87,8 @@ def adapt(
         attach(
             model, spec, targets=targets, factor_source=factor_source, pairs=pairs, on_layer=book, strategies=strategies
         )
-        _start(model)
+        with changes(model):
+            _start(model)
     return book
 
 
@@ -147,7 +149,8 @@ def load_into(
         tuners.attach_tuner(model, adapter.spec, targets=targets, config=adapter.peft_config, on_layer=note_weight)
     else:
         _attach_cores(model, adapter, targets, source, book, force_base=force_base, trained_on=trained_on)
-    adapter.restore(model, remarks=remarks)
+    with changes(model):
+        adapter.restore(model, remarks=remarks)
     return book
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import Attachment, attachment, checked_targets, freeze, thaw
+from mirrortune.adapters.inject import Attachment, attachment, changes, checked_targets, freeze, thaw
 from mirrortune.adapters.peft_bridge.options import (
     check_options,
     import_peft,
@@ -26,6 +26,7 @@ from mirrortune.adapters.peft_bridge.options import (
     stored_config,
 )
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.svd import check_finite
 from mirrortune.adapters.targets import Targets
 from mirrortune.errors import ConfigError, first_line
 
@@ -126,28 +127,36 @@ def attach_tuner(
     if not spec.options:
         warned.clear()  # these warnings are about defaults
     for name in chosen if on_layer else ():
-        on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
-    freeze(model, targets)
-    tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]
-    unforeseen = () if config is None else (LookupError, AttributeError, AssertionError)  # by values of a file
-    with _seeded(model, spec.seed), recorded_warnings() as more:
-        try:
-            tuner = tuner_class(model, built, ADAPTER_NAME)
-        except (ValueError, TypeError, NotImplementedError, *unforeseen) as error:
-            raise ConfigError(
-                "adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}"
-            ) from error
-    peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
-    # Some tuners create sparse tensors, and torch warns unless this default is set explicitly.
-    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
-    layers = _tuned_layers(model, spec, targets, peft)
-    _check_as_asked(model, spec)
-    said = [*(f"PEFT: {first_line(w.message)}" for w in (*warned, *more)), *_merge_remark(layers)]
-    model.mirrortune = PeftAttachment(  # type: ignore[assignment]
-        spec=spec, targets=targets, layers=layers, tuner=tuner, remarks=tuple(dict.fromkeys(said))
-    )
-    thaw(model)
+        weight = targets.layers[name].read(model)
+        on_layer(name, weight)  # type: ignore[misc]
+        check_finite(name, weight)
+    with changes(model):
+        freeze(model, targets)
+        with _seeded(model, spec.seed), recorded_warnings() as more:
+            tuner = _build_tuner(model, spec, built, is_stored=config is not None)
+        peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
+        # Some tuners create sparse tensors, and torch warns unless this default is set explicitly.
+        torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+        layers = _tuned_layers(model, spec, targets, peft)
+        _check_as_asked(model, spec)
+        said = [*(f"PEFT: {first_line(w.message)}" for w in (*warned, *more)), *_merge_remark(layers)]
+        model.mirrortune = PeftAttachment(  # type: ignore[assignment]
+            spec=spec, targets=targets, layers=layers, tuner=tuner, remarks=tuple(dict.fromkeys(said))
+        )
+        thaw(model)
     return model
+
+
+def _build_tuner(model: nn.Module, spec: AdapterSpec, built: Any, *, is_stored: bool) -> nn.Module:
+    """Put PEFT's tuner with the configuration ``built`` into ``model``; raise a ConfigError if PEFT cannot."""
+    kinds = import_peft(spec.method).PEFT_TYPE_TO_TUNER_MAPPING
+    foreseen = (ValueError, TypeError, NotImplementedError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+    unforeseen = (LookupError, AttributeError, AssertionError) if is_stored else ()  # by values of a file
+    try:
+        tuner: nn.Module = kinds[built.peft_type](model, built, ADAPTER_NAME)
+    except (*foreseen, *unforeseen) as error:
+        raise ConfigError("adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}") from error
+    return tuner
 
 
 def remarks(model: nn.Module) -> tuple[str, ...]:
