@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import glob
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -12,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256, open_hub, refuse_hub_settings
-from mirrortune.data.files.readers import delimiter_of
+from mirrortune.data.files.readers import header_of
 from mirrortune.data.files.splits import files_by_split, files_left_out, matching_files
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
@@ -63,7 +65,7 @@ def stream_data(
     else:
         refuse_hub_settings(config, revision)
         streams, origin, remarks = _open_files(place, local, encoding, train_split)
-    known = DataSet(splits={name: Split(table=pa.table({}), source=s.source) for name, s in streams.items()})
+    known = _without_rows(streams)
     train = known.require(train_split, "data.train_split")
     splits = {}
     for name, stream in streams.items():
@@ -126,21 +128,43 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
     builder = builders.pop()
     if builders or builder is None:
         raise DataError(source, "the files are not of one kind of table", allowed=", ".join(_BUILDERS))
-    guard = partial(_file_errors, source)
+    guard = partial(_file_errors, source, "Repair it; without data.streaming its line is named")
     with guard():
         import datasets  # noqa: PLC0415  (a second to import)
 
         datasets.disable_progress_bars()
         options: dict[str, Any] = {} if builder in ("parquet", "arrow") else {"encoding": encoding}
         if builder == "csv":  # all cells are strings and empty ones null, as in tables that are read whole
-            columns, delimiter, skipped = delimiter_of(files[0], encoding)
-            text = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-            options |= {"sep": delimiter, "features": text, "keep_default_na": False, "na_values": [""]}
-            options |= {"skiprows": skipped} if skipped else {}
-        rows = datasets.load_dataset(
-            builder, data_files={"train": [str(f.absolute()) for f in files]}, split="train", streaming=True, **options
-        )
+            options |= {**_delimited(files, encoding), "keep_default_na": False, "na_values": [""]}
+        paths = [glob.escape(str(file.absolute())) for file in files]  # load_dataset takes patterns
+        rows = datasets.load_dataset(builder, data_files={"train": paths}, split="train", streaming=True, **options)
     return RowStream(rows=rows, flatten=flat, guard=guard, source=source)
+
+
+def _delimited(files: list[Path], encoding: str) -> dict[str, Any]:
+    """Return the options of pandas and ``datasets`` for csv and tsv files, so that their columns have the names that
+    :func:`mirrortune.data.files.readers.read_rows` gives them; columns with one name are not read.
+    """
+    import datasets  # noqa: PLC0415
+
+    first = header, names, delimiter, skipped = header_of(files[0], encoding)
+    known = [name for name in names if names.count(name) == 1]
+    features = datasets.Features(dict.fromkeys(known, datasets.Value("string")))
+    # Without index_col, pandas takes the first of the cells of longer rows for the name of the row.
+    options: dict[str, Any] = {"sep": delimiter, "features": features, "index_col": False}
+    options |= {"skiprows": skipped} if skipped else {}
+    is_plain = known == header
+    for file in files[1:]:
+        cells, _, *others = found = header_of(file, encoding)
+        if not (set(known) <= set(cells) and others == [delimiter, skipped] if is_plain else found == first):
+            raise DataError(
+                str(file), f"its header is not that of {files[0]}", allowed=f"the columns {', '.join(known)}",
+                fix="Give all files one header, or set data.streaming=false",
+            )  # fmt: skip
+    if is_plain:
+        return options
+    unique = [name if name in known else f"{name}.{place}" for place, name in enumerate(names)]
+    return {**options, "names": unique, "header": 0}
 
 
 def _open_hub(
@@ -148,23 +172,38 @@ def _open_hub(
 ) -> tuple[dict[str, RowStream], dict[str, Any]]:
     loaded, origin = open_hub(place, config, revision, streaming=True)
     name, split = place.name, place.split
-    guard: Callable[[], AbstractContextManager[object]] = partial(hub_errors, f"data set '{name}'", flag="--data")
-    wanted = {train_split: loaded[split]} if split in loaded else dict(loaded)
-    streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{name} {n}") for n, r in wanted.items()}
-    return streams, origin
+    guard: Callable[[], AbstractContextManager[object]] = partial(_hub_errors, name)
+    streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{name} {n}") for n, r in loaded.items()}
+    if not split:
+        return streams, origin
+    known = _without_rows(streams)
+    return {train_split: streams[known.name_of(known.require(split, "--data"))]}, {**origin, "split": split}
+
+
+def _without_rows(streams: dict[str, RowStream]) -> DataSet:
+    return DataSet(splits={name: Split(table=pa.table({}), source=s.source) for name, s in streams.items()})
 
 
 @contextmanager
-def _file_errors(source: str) -> Iterator[None]:
-    """Raise the exceptions of file readers as a DataError at ``source``."""
-    try:
+def _hub_errors(name: str) -> Iterator[None]:
+    """Raise the exceptions of a stream from the Hub as a HubError or, if they are about its files, as a DataError."""
+    where = f"data set '{name}'"
+    with _file_errors(where, "Set data.revision to another commit, or data.config"), hub_errors(where, flag="--data"):
         yield
+
+
+@contextmanager
+def _file_errors(source: str, fix: str) -> Iterator[None]:
+    """Raise the exceptions of file readers as a DataError at ``source``, also pandas' warning that it drops cells."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header or names does not match length of data")
+            yield
     except MirrortuneError:
         raise
-    except (pa.ArrowException, ValueError, OSError, EOFError, RuntimeError) as error:
+    except Warning as error:
+        raise DataError(source, "a row has more cells than the header", fix=fix) from error
+    except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, EOFError, RuntimeError) as error:
         # datasets wraps the cause in errors that say only that something failed.
         reason = error.__cause__ or error
-        raise DataError(
-            source, f"a row or file cannot be read ({first_line(reason)})",
-            fix="Repair it; without data.streaming its line is named",
-        ) from error  # fmt: skip
+        raise DataError(source, f"a row or file cannot be read ({first_line(reason)})", fix=fix) from error

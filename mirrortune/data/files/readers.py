@@ -253,8 +253,9 @@ def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
     return max(",;\t|", key=count), begin
 
 
-def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
-    """Return the column names and delimiter of a csv or tsv file, and the number of lines before its header.
+def header_of(path: Path, encoding: str) -> tuple[list[str], list[str], str, int]:
+    """Return the cells of the header of a csv or tsv file, the column names they stand for (:func:`read_rows` gives the
+    same), the delimiter, and the number of lines before the header.
 
     Only the first lines are read.
 
@@ -264,7 +265,8 @@ def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
     delimiter, begin = _delimiter(path, lines_of(path, encoding, "\n"))
     if not begin or not begin[-1].strip():
         raise DataError(str(path), "the file has no header line")
-    return next(csv.reader([begin[-1].rstrip("\n")], delimiter=delimiter)), delimiter, len(begin) - 1
+    header = next(csv.reader([begin[-1].rstrip("\n")], delimiter=delimiter))
+    return header, _column_names(header), delimiter, len(begin) - 1
 
 
 def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

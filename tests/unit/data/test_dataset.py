@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.data.dataset import Split, load_data, set_aside
+from mirrortune.data.dataset import DataSet, Split, load_data, set_aside
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.files.splits import matching_files
@@ -213,6 +214,13 @@ def test_rows_that_are_in_both_splits_are_counted_whatever_they_hold(cells: list
     assert rows_in_both(first, last, []) == 0
 
 
+def streamed(place: str) -> DataSet:
+    """A data set whose training rows are streamed."""
+    return stream_data(
+        DataPlace.parse(place), config=None, revision=None, encoding="utf-8", train_split="train", max_eval_rows=None
+    )
+
+
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
@@ -238,6 +246,30 @@ def test_what_a_data_set_of_the_hub_does_wrong_is_said(
 
     with pytest.raises(DataError, match=said):
         load_it(DataPlace.parse("evil/rows"))
+
+
+@pytest.mark.parametrize("raised", [pa.ArrowInvalid("no Parquet file"), KeyError("label")], ids=["file", "column"])
+def test_a_broken_file_of_a_streamed_data_set_of_the_hub_is_a_data_error(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    class Broken:
+        def with_format(self, _: str) -> None:
+            raise raised
+
+    monkeypatch.setattr("mirrortune.data.stream.open_hub", lambda *_, **__: ({"train": Broken()}, {}))
+    with pytest.raises(DataError, match=r"data set 'some/rows': a row or file cannot be read"):
+        streamed("some/rows")
+
+
+def test_the_split_in_an_address_of_the_hub_is_the_one_that_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {name: Dataset.from_dict({"text": [name]}).to_iterable_dataset() for name in ("train", "dev")}
+    monkeypatch.setattr("mirrortune.data.stream.open_hub", lambda *_, **__: (rows, {"commit": "0"}))
+
+    found = streamed("hf://some/rows:default:validation")
+    assert found.splits["train"].table.to_pylist() == [{"text": "dev"}]
+    assert found.origin == {"commit": "0", "split": "validation", "streamed": True}
+    with pytest.raises(DataError, match=r"there is no split 'trian'.*Did you mean 'train'"):
+        streamed("hf://some/rows:default:trian")
 
 
 @pytest.mark.parametrize("entries", ["5", "[5]", '{"filename": "x"}'])

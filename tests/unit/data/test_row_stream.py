@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mirrortune.data.dataset import load_data
+from mirrortune.data.files.readers import read_rows
 from mirrortune.data.loader import Feed, StreamedExamples
 from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.data.stream import stream_data
@@ -134,6 +135,49 @@ def test_a_broken_row_is_a_data_error(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n' * 3 + '{"text": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl: a row or file cannot be read .*without data\.streaming its"):
         list(itertools.islice(blocks(opened(path)), 3))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",text,label\n0,aa,1\n1,bb,0\n",  # as pandas writes its index
+        "text , label\naa,1\n",
+        "sep=;\n;text;\n0;aa;5\n",
+        "text,label\naa,1,\nbb,2,\n",  # empty cells of spreadsheets
+    ],
+)
+def test_the_columns_of_a_csv_stream_are_those_of_reading(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    assert opened(path).head(9).to_pylist() == read_rows(path)[0].to_pylist()
+
+
+def test_no_cell_of_a_csv_stream_changes_its_column(tmp_path: Path) -> None:
+    folder = tmp_path / "rows[1]"
+    folder.mkdir()
+    (folder / "train-1.csv").write_text("text,label\naa,1,2\n")
+    with pytest.raises(DataError, match="a row has more cells than the header"):
+        opened(folder)
+    (folder / "train-1.csv").write_text("text,label\naa,1\n")
+    (folder / "train-2.csv").write_text("text\nbb\n")
+    with pytest.raises(DataError, match=r"train-2\.csv: its header is not that of"):
+        opened(folder)
+    (folder / "train-1.csv").write_text(",text\n0,aa\n")
+    (folder / "train-2.csv").write_text("text,\nbb,1\n")
+    with pytest.raises(DataError, match=r"train-2\.csv: its header is not that of"):
+        opened(folder)
+    (folder / "train-2.csv").write_text("x,label,text\n0,1,bb\n")
+    (folder / "train-1.csv").write_text("text,label\naa,1\n")
+    assert opened(folder).head(9).to_pylist() == [{"text": "aa", "label": "1"}, {"text": "bb", "label": "1"}]
+    (folder / "train-2.csv").unlink()
+    (folder / "train-1.csv").write_text("text,x,x\naa,1,2\n")
+    assert opened(folder).head(9).column_names == ["text"]
+
+
+def test_a_stream_is_of_the_named_file_and_of_no_other_that_the_name_would_match(tmp_path: Path) -> None:
+    for name, text in (("rows[1].csv", "right"), ("rows1.csv", "wrong")):
+        (tmp_path / name).write_text(f"text\n{text}\n")
+    assert opened(tmp_path / "rows[1].csv").head(9).to_pylist() == [{"text": "right"}]
 
 
 def lengths(table: pa.Table, seed: int) -> Any:
