@@ -74,6 +74,11 @@ class LoopState:
         places: position of each rank in its share of streamed rows; None if rows are not streamed.
         skipped_steps: steps skipped so far because float16 gradients overflowed.
         skipped_in_a_row: steps skipped since the last step that was not.
+        train_seconds: duration of all steps so far, excluding evaluation and saving.
+        median_step_seconds: median duration of the steps since the last resumption.
+        rows: number of training rows in all steps so far.
+        tokens: number of tokens in these rows, without padding; None for rows that are not text.
+        num_tokens, num_positions: number of tokens of the first rank's batches so far, without and with padding.
     """
 
     global_step: int = 0
@@ -91,6 +96,12 @@ class LoopState:
     places: list[dict[str, Any]] | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    train_seconds: float = 0.0
+    median_step_seconds: float = 0.0
+    rows: int = 0
+    tokens: int | None = None
+    num_tokens: int = 0
+    num_positions: int = 0
 
 
 class RunDirectory:

@@ -90,12 +90,13 @@ class FitResult:
         best_step: step of the kept checkpoint.
         global_step: total number of steps.
         stopped_early: patience ended the loop.
-        train_seconds: time that this process or its GPU spent on optimizer steps, excluding evaluation and saving.
+        train_seconds: time that the first process or its GPU spent on optimizer steps, excluding evaluation and saving,
+            over all parts of a resumed run.
         samples_per_second: training rows per second of ``train_seconds``, over all ranks.
         tokens_per_second: tokens per second, excluding padding, over all ranks; None for rows that are not text.
-        median_step_seconds: median time of this process's optimizer steps; less sensitive to a busy machine than the
-            mean.
-        padding_share: share of padding in this process's input positions; None for rows that are not text.
+        median_step_seconds: median time of the optimizer steps since the last resumption that made any; less sensitive
+            to a busy machine than the mean.
+        padding_share: share of padding in the first process's input positions; None for rows that are not text.
         skipped_steps: number of steps skipped because gradients overflowed in float16.
     """
 

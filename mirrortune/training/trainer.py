@@ -119,8 +119,7 @@ class Trainer:
         )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)
         self.best_result: EvalResult | None = None  # None also if the best evaluation precedes the resumption
-        self._rows, self._tokens = 0, 0
-        self._is_text = False
+        self._seconds_before = 0.0  # of the steps before the resumption
         self._shown_at = -math.inf
         self._signals = StopSignals(progress.on_signal if accelerator.is_main_process else None)
         self._vote = sync.StopVote(accelerator, self._signals)
@@ -134,6 +133,8 @@ class Trainer:
         """
         self.state = self.snapshots.restore() or self.state
         self.tally.open_window(self.state.window_loss, self.state.window_items)
+        self._seconds_before = self.state.train_seconds
+        self.feed.num_tokens, self.feed.num_positions = self.state.num_tokens, self.state.num_positions
         if self.state.places is not None:
             self.feed.place = self.state.places[self.accelerator.process_index]
 
@@ -157,11 +158,11 @@ class Trainer:
             if not self._is_done():
                 self._run_steps()
         self._vote.close()
-        best_step, step_seconds = state.best_step, self.clock.seconds()
+        self._measure()
+        best_step, seconds = state.best_step, state.train_seconds
         assert best_step is not None
         assert state.best_metrics is not None
         sync.from_main(self.accelerator, lambda: self.run.publish_adapter(best_step))
-        seconds = sum(step_seconds)
         return FitResult(
             metrics=state.best_metrics,
             metrics_before=sync.from_main(self.accelerator, self._metrics_before),
@@ -169,10 +170,10 @@ class Trainer:
             global_step=state.global_step,
             stopped_early=state.global_step < self.total_steps,
             train_seconds=seconds,
-            samples_per_second=self._rows / seconds if seconds else 0.0,
-            tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
+            samples_per_second=state.rows / seconds if seconds else 0.0,
+            tokens_per_second=state.tokens / seconds if state.tokens is not None and seconds else None,
             padding_share=1 - self.feed.num_tokens / self.feed.num_positions if self.feed.num_positions else None,
-            median_step_seconds=statistics.median(step_seconds or [0.0]),
+            median_step_seconds=state.median_step_seconds,
             skipped_steps=state.skipped_steps,
         )
 
@@ -212,8 +213,8 @@ class Trainer:
             DivergedError: gradients overflow at every loss scale.
         """
         state = self.state
-        self._rows += done.rows
-        self._tokens, self._is_text = self._tokens + (done.tokens or 0), done.tokens is not None
+        state.rows += done.rows
+        state.tokens = None if done.tokens is None else (state.tokens or 0) + done.tokens
         state.skipped_steps += not done.is_made
         state.skipped_in_a_row = 0 if done.is_made else state.skipped_in_a_row + 1
         if self.accelerator.is_main_process:
@@ -369,8 +370,16 @@ class Trainer:
             )
         return reading
 
+    def _measure(self) -> None:
+        """Bring the durations and the padding in the state up to date, waiting for the device."""
+        state, seconds = self.state, self.clock.seconds()
+        state.train_seconds = self._seconds_before + sum(seconds)
+        state.median_step_seconds = statistics.median(seconds) if seconds else state.median_step_seconds
+        state.num_tokens, state.num_positions = self.feed.num_tokens, self.feed.num_positions
+
     def _save(self, *, is_interim: bool = False) -> None:
         reading = self._read_tally()
+        self._measure()
         sync.copy_from_main(self.accelerator, trained_buffers(self.bare_model).values())
         self.state.window_loss, self.state.window_items = reading.loss_sum, reading.num_items
         if self.feed.place is not None:

@@ -326,6 +326,34 @@ def test_a_signal_in_the_last_evaluation_is_honoured_too(tmp_path: Path) -> None
     assert (tmp_path / "adapter").is_dir()
 
 
+def test_the_time_of_all_parts_of_a_resumed_run_counts(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRun):
+        make_trainer(tmp_path, progress=terminate_after(3)).fit()
+    before = make_trainer(tmp_path, fresh=False).run.load_checkpoint(3)[0]
+    assert before.train_seconds > 0
+    second = make_trainer(tmp_path, fresh=False)
+    second.resume()
+    result = second.fit()
+    assert result.train_seconds == pytest.approx(before.train_seconds + sum(second.clock.seconds()))
+    assert result.samples_per_second == pytest.approx(60 / result.train_seconds)
+
+    third = make_trainer(tmp_path, fresh=False)
+    third.resume()
+    assert third.fit() == result  # nothing is left to do, so nothing is measured
+
+    state = tmp_path / "checkpoints" / "step-000008" / "state.json"
+    data = json.loads(state.read_text())
+    for name in ("train_seconds", "median_step_seconds", "rows", "tokens", "num_tokens", "num_positions"):
+        del data[name]  # as in a checkpoint of an earlier version
+    state.write_text(json.dumps(data))
+    sums = state.with_name("SHA256SUMS")
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "state.json" not in line)
+                    + f"{hashlib.sha256(state.read_bytes()).hexdigest()}  state.json\n")  # fmt: skip
+    old = make_trainer(tmp_path, fresh=False)
+    old.resume()
+    assert old.fit().metrics == result.metrics
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_signal_while_saving_waits_for_the_checkpoint(tmp_path: Path, step: int) -> None:
     trainer = make_trainer(tmp_path, eval_every_steps=99, save_every_steps=4)
@@ -433,7 +461,7 @@ def test_resuming_a_finished_run_publishes_it_again(tmp_path: Path) -> None:
     trainer.resume()
     again = trainer.fit()
     assert (again.metrics, again.best_step, again.global_step) == (first.metrics, first.best_step, first.global_step)
-    assert again.samples_per_second == 0
+    assert again == first
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == data
     read_adapter(tmp_path / "run" / "adapter")
 
