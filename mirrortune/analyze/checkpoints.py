@@ -47,8 +47,12 @@ def open_pair(
     return after.base, after
 
 
-def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
-    """Open the weights at ``name``; an adapter is applied to ``beneath`` or, if None, to the base that it names."""
+def open_weights(name: str, revision: str | None, beneath: Weights | None = None, *, is_base: bool = False) -> Weights:
+    """Open the weights at ``name``; an adapter is applied to ``beneath`` or, if None, to the base that it names.
+
+    With ``is_base``, an adapter names it as its base: only the model is opened, even if its folder holds an adapter
+    too, such as the one that names it.
+    """
     restore(local_path(name))
     place = ModelPlace.parse(name)
     if place.is_local:
@@ -63,9 +67,14 @@ def open_weights(name: str, revision: str | None, beneath: Weights | None = None
     else:
         file, others = _hub_finder(name, revision), []
         adapter = local_adapter(name) if file("adapter.json") else None
-    if adapter is not None:
+    config = None if adapter is not None else file("adapter_config.json")
+    if is_base and (adapter or config):
+        if not (file(INDEX) or file(WHOLE)):
+            problem, fix = "an adapter names it as its base, and it is an adapter itself", "Merge it first"
+            raise ConfigError(name, problem, fix=f"{fix}, and give both: mirrortune analyze MERGED ADAPTER")
+    elif adapter is not None:
         return _open_adapter(name, adapter, beneath)
-    if config := file("adapter_config.json"):
+    elif config is not None:
         file("adapter_model.safetensors")  # PEFT reads it from the same folder
         return _open_peft(name, config.parent, beneath)
     source = find_model(name, revision=revision) if file("config.json") or not place.is_local else None
@@ -104,7 +113,7 @@ def _open_adapter(name: str, folder: Path, beneath: Weights | None) -> Weights:
     if beneath is None and not adapter.base.get("name"):
         raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
     revision = adapter.base.get("commit") or adapter.base.get("revision")
-    base = beneath or open_weights(adapter.base["name"], revision)
+    base = beneath or open_weights(adapter.base["name"], revision, is_base=True)
     if adapter.peft_config is not None:
         return load_peft(name, str(folder), base)
     return AdaptedWeights.of_adapter(name, base, adapter, FactorCache())
@@ -115,4 +124,4 @@ def _open_peft(name: str, folder: Path, beneath: Weights | None) -> Weights:
     own, revision = config.get("base_model_name_or_path"), config.get("revision")
     if beneath is None and not (own and isinstance(own, str) and isinstance(revision, str | None)):
         raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
-    return load_peft(name, str(folder), beneath or open_weights(str(own), revision))
+    return load_peft(name, str(folder), beneath or open_weights(str(own), revision, is_base=True))

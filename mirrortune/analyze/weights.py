@@ -120,10 +120,12 @@ class AdaptedWeights(Weights):
         names = match_names(base.shapes, [*adapted, *plain])
         found = set(names.values())  # a tied weight is stored under one of its names
         if missing := [tensors[0] for tensors in adapter.weights.values() if found.isdisjoint(tensors)]:
-            raise ConfigError(
-                base.label, f"it lacks {len(missing)} weights of the adapter, such as {missing[0]}",
-                allowed=str(adapter.base.get("name")), fix="Give the adapter's own base model",
-            )  # fmt: skip
+            problem = f"it lacks {len(missing)} weights of the adapter, such as {missing[0]}"
+            if found:  # its own base, whose names differ, such as experts that the model fuses while loading
+                fix = "If it is the adapter's own base, merge first, and give both: mirrortune analyze BASE MERGED"
+                raise ConfigError(base.label, problem, fix=fix)
+            own_base, fix = str(adapter.base.get("name")), "Give the adapter's own base model"
+            raise ConfigError(base.label, problem, allowed=own_base, fix=fix)
         return cls(
             label=label,
             shapes=base.shapes,
@@ -180,6 +182,7 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_MERGE_FIRST = "Merge with PEFT (merge_and_unload), and give both: mirrortune analyze BASE MERGED"
 _SMALLEST_LIMIT = 1024  # even a small adapter may use numbers up to this
 # Exceptions that PEFT raises for unexpected values in a file.
 _UNFORESEEN = (ValueError, TypeError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
@@ -247,7 +250,12 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     }
     names = match_names(base.shapes, tuners)
     if not names:
-        raise VerificationError(label, f"none of its layers is in {base.label}", fix="Give its own base model")
+        fix = f"Give its own base model. If it is that: {_MERGE_FIRST}"
+        raise VerificationError(label, f"none of its layers is in {base.label}", fix=fix)
+    if lost := sorted(set(tuners) - set(names.values())):  # experts, which a model fuses while loading, or tied weights
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        problem = f"it adapts {lost[0].removesuffix('.weight')}{more}, whose weight is stored otherwise in {base.label}"
+        raise ConfigError(label, problem, fix=_MERGE_FIRST)
     layers = {stored: tuners[own] for stored, own in names.items()}
     return PeftWeights(label=label, shapes=base.shapes, source=base.source, base=base, layers=layers)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import mirrortune
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.analyze.checkpoints import open_pair, open_weights
@@ -225,3 +226,59 @@ def test_peft_adapters_are_merged_by_peft(
         assert not torch.equal(after.read(name), before.read(name))
     key = "encoder.layer.0.attention.self.key.weight"
     assert torch.equal(after.read(key), before.read(key))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["mirror", "lora"])
+def test_an_adapter_may_lie_in_the_folder_of_its_own_base(tmp_path: Path, method: str) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    if method == "lora":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(base)
+    else:
+        model = mirrortune.attach(model, method=method)
+        next(iter(spectral_layers(model).values())).core.get_parameter("theta").data += 0.1
+        mirrortune.save_adapter(model, base)
+    before, after = open_pair(str(base), None, None, None)
+    name = "encoder.layer.0.attention.self.query.weight"
+
+    assert isinstance(before, StoredWeights)
+    assert not torch.equal(after.read(name), before.read(name))
+
+
+def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    adapt().save(tmp_path / "first", name=second)
+    adapt().save(tmp_path / "second", name=first)
+    with pytest.raises(ConfigError, match=r"second: an adapter names it as its base, and it is an adapter.*Merge it"):
+        open_pair(first, None, None, None)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_experts_that_the_file_stores_one_by_one_are_not_taken_for_unchanged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    moe = transformers.MixtralConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+                                     num_key_value_heads=2, num_local_experts=3, vocab_size=20)  # fmt: skip
+    base = tmp_path / "base"
+    transformers.MixtralForCausalLM(moe).save_pretrained(base)
+    experts = {"target_parameters": ["mlp.experts.down_proj"], "init_lora_weights": False}
+    for name, chosen in (("some", ["q_proj"]), ("all", [])):
+        config = peft.LoraConfig(r=2, target_modules=chosen, **experts)
+        model = transformers.MixtralForCausalLM.from_pretrained(base)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / name)
+    own = mirrortune.attach(transformers.MixtralForCausalLM.from_pretrained(base))
+    mirrortune.save_adapter(own, tmp_path / "own")
+
+    for name, words in {
+        "some": r"adapts model\.layers\.0\.mlp\.experts, whose weight is stored otherwise.*merge_and_unload",
+        "all": r"none of its layers is in .*merge_and_unload.*analyze BASE MERGED",
+        "own": r"lacks 2 weights of the adapter.*If it is the adapter's own base, merge first.*BASE MERGED",
+    }.items():
+        with pytest.raises((ConfigError, VerificationError), match=words):
+            open_pair(str(tmp_path / name), None, None, None)
