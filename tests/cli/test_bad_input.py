@@ -139,6 +139,12 @@ def unfinished(desk: Path, _: Path) -> None:
     (desk / "killed" / "checkpoints").mkdir(parents=True)
 
 
+def plain_peft(desk: Path, _: Path) -> None:
+    """An adapter that PEFT's own save_pretrained wrote."""
+    (desk / "peft").mkdir()
+    (desk / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+
+
 GOOD = rows(*"ababababab")
 BAD: dict[str, Bad] = {
     # The command line.
@@ -488,6 +494,15 @@ BAD: dict[str, Bad] = {
         "merge nowhere -o m",
         2,
         ("'nowhere' is neither a run directory nor an adapter folder.", "Give what train wrote."),
+    ),
+    "merge of an adapter of PEFT": Bad(
+        "merge peft -o m",
+        2,
+        ("peft: an adapter that PEFT alone has saved", "merge_and_unload", "analyze reads it"),
+        change=plain_peft,
+    ),
+    "eval of an adapter of PEFT": Bad(
+        "eval peft", 2, ("peft: an adapter that PEFT alone has saved",), change=plain_peft
     ),
     "merge of a model": Bad("merge {model} -o m", 2, ("is neither a run directory nor an adapter folder",)),
     "merge of an unfinished run": Bad(

@@ -45,6 +45,7 @@ def require_adapter(target: str, command: str = "merge") -> Path:
     if folder is None and _is_on_hub(target):
         return local_adapter(target)
     if folder is None:
+        _refuse_plain_peft(target)
         problem, fix = f"'{target}' is neither a run directory nor an adapter folder", "Give what train wrote"
         marker = read_marker(local_path(target))
         if marker is not None and marker.kind == COMPARISON.name:
@@ -58,6 +59,8 @@ def require_adapter(target: str, command: str = "merge") -> Path:
 def adapter_to_score(target: str) -> Path | None:
     """Return the adapter folder of ``target`` as :func:`require_adapter` does, or None if it may be a model."""
     folder = find_adapter(target)
+    if folder is None:
+        _refuse_plain_peft(target)
     if folder is not None or not _is_on_hub(target):
         return folder
     if holds_adapter(target):
@@ -65,6 +68,17 @@ def adapter_to_score(target: str) -> Path | None:
     if hub_place(target).subfolder is not None:
         raise ConfigError(target, "no adapter is there", allowed="an adapter, or the id of a model without subfolder")
     return None
+
+
+def _refuse_plain_peft(target: str) -> None:
+    """Raise ConfigError for a folder that holds an adapter of PEFT and nothing of mirrortune, and no model."""
+    path = local_path(target)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            target, "an adapter that PEFT alone has saved, without mirrortune's adapter.json",
+            fix="Merge it with PEFT (merge_and_unload, then save_pretrained), and give the merged folder where a model "
+            "is taken; mirrortune analyze reads it as it is",
+        )  # fmt: skip
 
 
 def _is_on_hub(target: str) -> bool:
