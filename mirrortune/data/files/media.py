@@ -132,8 +132,10 @@ class FileCells:
     def _leads_out(self, path: Path, real: dict[Path, Path]) -> bool:
         """Return whether a path leads out of the folder; ``real`` caches resolved folders."""
         inside = _real(self.folder, real) if self.folder is not None else _downloaded()
-        where = _real(path.parent, real) / path.name
-        return not Path(os.path.realpath(where) if where.is_symlink() else where).is_relative_to(inside)
+        with suppress(OSError, ValueError):  # no file can have such a name
+            where = _real(path.parent, real) / path.name
+            return not Path(os.path.realpath(where) if where.is_symlink() else where).is_relative_to(inside)
+        return False
 
 
 def remarks_on(data: DataSet, columns: Sequence[tuple[str, str]]) -> list[str]:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from mirrortune.data.dataset import DataSet, Split
-from mirrortune.data.files.media import named_files
+from mirrortune.data.files.media import FileCells, named_files, remarks_on
 
 COLUMNS = [("image", "file"), ("label", "label")]
 
@@ -40,6 +42,17 @@ def test_files_of_a_table_are_known_by_their_names_and_sizes(tmp_path: Path) -> 
 def test_names_that_no_file_can_have_are_compared_too(tmp_path: Path) -> None:
     found = [named_in(tmp_path, [name]) for name in ("a" * 5000, "b" * 5000, "a\0b")]
     assert len({own["train"] for own in found}) == 3
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a\0b/c"])
+@pytest.mark.parametrize("is_contained", [False, True])
+def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path: Path, name: str, is_contained: bool) -> None:
+    split = Split(table=pa.table({"file": [name]}), source="rows", folder=tmp_path, is_contained=is_contained)
+    cells = FileCells.of(split, "file", role="image", readable="")
+    assert (cells.outside(), cells.size(0)) == ([], None)
+    with pytest.raises((OSError, ValueError)):  # what callers make an error of the row of
+        Image.open(cells.open(0))
+    assert remarks_on(DataSet(splits={"train": replace(split, is_contained=False)}), COLUMNS) == []
 
 
 def test_content_in_the_table_names_no_file(tmp_path: Path) -> None:
