@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,8 @@ class PartLoader:
             self._parts = _ask(self._find_parts)
         self._part_of = {name: part for part in self._parts for name in part.names}
         self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._in_dtypes: dict[torch.dtype, PartLoader] = {}
+        self._lock = threading.Lock()  # all reads fill and empty the same skeleton
 
     @property
     def is_plain(self) -> bool:
@@ -151,14 +154,22 @@ class PartLoader:
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.read(name) if dtype == self._dtype else self._in_dtype(dtype).read(name)
 
-    @functools.cache  # noqa: B019  (lives as long as this object, two entries at most)
     def _in_dtype(self, dtype: torch.dtype) -> PartLoader:
-        source, auto_class, fields = self._made_of
-        return PartLoader(source, auto_class, fields, dtype, self._files)
+        with self._lock:
+            if dtype not in self._in_dtypes:
+                source, auto_class, fields = self._made_of
+                self._in_dtypes[dtype] = PartLoader(source, auto_class, fields, dtype, self._files)
+            return self._in_dtypes[dtype]
 
-    @torch.no_grad()
     def read(self, name: str) -> Tensor:
-        """Read a tensor of the model, dequantised, in the dtype in which the model would be loaded."""
+        """Read a tensor of the model, dequantised, in the dtype in which the model would be loaded.
+
+        Threads may call it at the same time, but they read one after another.
+        """
+        with self._lock, torch.no_grad():
+            return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
         if not self._is_quantised(name):
             module, parts = None, [self._part_of[name]]

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +182,36 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_full_weights_one_at_a_tim
         layer = layers.get(name.removesuffix(".weight"))
         expected = tensor if layer is None else (tensor.double() + layer.delta_weight()).float()
         assert relative(after[name], expected) <= (0 if layer is None else 1e-6), name
+
+
+def tiny_loader(folder: Path) -> PartLoader:
+    base = write(folder)
+    return PartLoader(find_model(str(base)), CAUSAL, {}, torch.float32, sorted(base.glob("*.safetensors")))
+
+
+def test_threads_read_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them fill one skeleton, and tensors split from a fused one would replace each other there."""
+    loader = tiny_loader(tmp_path)
+    fill, meeting, met = vars(PartLoader)["_fill"], threading.Barrier(2), []
+
+    def meet(self: PartLoader, parts: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(0.5))
+        fill(self, parts)
+
+    monkeypatch.setattr(PartLoader, "_fill", meet)
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "gate")]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(loader.read, names))
+    assert met == []
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in zip(names, found, strict=True))
+
+
+def test_a_loader_that_has_read_another_dtype_goes_with_its_last_reference(tmp_path: Path) -> None:
+    loader = tiny_loader(tmp_path)
+    loader._load("model.norm.weight", torch.bfloat16)
+    left = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert left() is None
