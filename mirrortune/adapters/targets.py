@@ -241,7 +241,7 @@ def find_targets(
             the rank is above min(O, I) of every layer, or a list of pairs does not fit.
     """
     new = set(new_parameters)
-    prefix = _base_prefix(model)
+    prefix = base_prefix(model)
     output = _output_embedding_ids(model)
     parameters = dict(model.named_parameters())
     head = tuple(
@@ -371,7 +371,8 @@ def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_
     return targets if is_unchanged else find_targets(model, spec, new_parameters)
 
 
-def _base_prefix(model: nn.Module) -> str:
+def base_prefix(model: nn.Module) -> str:
+    """Return the prefix of the parameters of the base model in a model with a head; empty if it has no such part."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mirrortune.errors import ConfigError
+from mirrortune.models.gaps import check_shapes, missing_in_base
 from mirrortune.models.load_errors import damage_errors, load_errors
 from mirrortune.models.new_tokens import add_tokens, make_room, token_rows
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
@@ -111,10 +112,11 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model and the names of the parameters that its checkpoint lacks."""
+    """A model and the names of the parameters that its checkpoint lacks; ``missing`` are those of the base model."""
 
     model: nn.Module
     new_parameters: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def find_model(
@@ -397,7 +399,7 @@ def load_model(
         pad_token_id: id of the tokenizer's padding token, or None.
 
     Raises:
-        ConfigError: the model has no class for this kind of task.
+        ConfigError: the model has no class for this kind of task, or its weights do not fit its configuration.
         HubError: the model cannot be downloaded.
         ResourceError: the model does not fit into memory.
     """
@@ -419,9 +421,11 @@ def load_model(
             **source.arguments(),
             **packing,
         )
-    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
-    model = with_room(model, source)
-    return LoadedModel(model=keep_trainable(model), new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
+    mismatched = {key: tuple(stored) for key, stored, _ in info["mismatched_keys"]}
+    check_shapes(source.name, model, mismatched, task_config(source, {}, None))
+    missing = missing_in_base(model, info["missing_keys"], auto_class)
+    new = tuple(sorted({*info["missing_keys"], *mismatched}))
+    return LoadedModel(model=keep_trainable(with_room(model, source)), new_parameters=new, missing=missing)
 
 
 def with_room(model: nn.Module, source: ModelSource) -> nn.Module:

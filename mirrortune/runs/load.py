@@ -28,6 +28,7 @@ from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.merging.bases import load_adapted, load_unadapted
+from mirrortune.models.gaps import describe_missing
 from mirrortune.models.load import (
     DTYPES,
     LoadedModel,
@@ -79,10 +80,14 @@ class Evaluable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A job's base model with a new head, and the layers that the job's adapter will change."""
+    """A job's base model with a new head, and the layers that the job's adapter will change.
+
+    ``missing`` are the parameters of the base that its checkpoint lacks.
+    """
 
     model: nn.Module
     targets: Targets
+    missing: tuple[str, ...]
 
 
 def load_base(job: Job) -> Base:
@@ -91,7 +96,8 @@ def load_base(job: Job) -> Base:
     loaded = load_model(job.source, job.task.auto_class, fields, job.dtype, pad)
     model, new = _trimmed(job.task, loaded)
     job.train.verify(model)
-    return Base(model=model, targets=complete_targets(job.plan.targets, model, job.spec, new))
+    missing = tuple(name for name in loaded.missing if name in new)
+    return Base(model=model, targets=complete_targets(job.plan.targets, model, job.spec, new), missing=missing)
 
 
 def _trimmed(task: Task, loaded: LoadedModel) -> tuple[nn.Module, list[str]]:
@@ -125,6 +131,8 @@ def load_adapted_base(
 ) -> AdaptedBase:
     """Load a job's base model and attach its adapter; pairs and strategies of a resumed run are those it began with."""
     loaded = load_base(job)
+    if loaded.missing:
+        reporter.note(describe_missing(loaded.missing))
     weights = {"sampled": sampled_digest(loaded.model, loaded.targets.head)}
     cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
     if layers := _layers(job, loaded):  # together with the other processes of the run; none waits for another here
