@@ -49,7 +49,8 @@ class PackedExamples(Examples):
     @property
     @override
     def lengths(self) -> IntArray:
-        return np.array([self.documents.lengths[rows].sum() for rows in self.bins])
+        ends = np.cumsum([0, *map(len, self.bins)])
+        return np.add.reduceat(self.documents.lengths[np.concatenate(self.bins)], ends[:-1])
 
     @override
     def __len__(self) -> int:
@@ -82,7 +83,8 @@ class PackedExamples(Examples):
         is (B, 2, L) with weights.
         """
         documents, fill = self.documents, self.documents.padding.fill
-        width = int(self.lengths[rows].max())
+        lengths = self.documents.lengths
+        width = max(int(lengths[self.bins[row]].sum()) for row in rows)
         ids = np.full((len(rows), width), fill["input_ids"], dtype=np.int64)
         targets, positions = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
         weights = np.zeros_like(ids) if "weights" in documents.features else None

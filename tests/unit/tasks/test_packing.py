@@ -112,3 +112,17 @@ def test_a_cache_would_mix_rows_up_and_is_switched_off() -> None:
 
 def test_it_says_how_full_the_sequences_are() -> None:
     assert PackedExamples.of(documents()).describe().endswith("; packed into 3 sequences, 83% full")
+
+
+def test_the_lengths_of_sequences_are_those_of_their_rows() -> None:
+    packed = PackedExamples.of(documents())
+    lengths = [sum(LENGTHS[row] for row in rows) for rows in packed.bins]
+    assert packed.lengths.tolist() == lengths
+    assert packed.batch(np.array([1]))["input_ids"].shape == (1, lengths[1])
+
+
+def test_lengths_of_rows_are_found_once_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, calls = PackedExamples.of(documents()), []
+    monkeypatch.setattr(TokenExamples, "lengths", property(lambda self: calls.append(1) or np.diff(self.offsets)))
+    assert len(packed.lengths) == len(packed) > 1
+    assert len(calls) == 1
