@@ -26,6 +26,7 @@ from mirrortune.models.load import ModelSource, load_feature_extractor
 Wave = npt.NDArray[np.float32]
 _HIGHEST_RATE = 1_000_000  # samples per second; the resampling filter grows with it
 _FILTER_REACH = 10  # periods of the lower rate on either side, as in resample_poly's default filter
+_SILENT = "it has no samples"
 _BLOCK = 1 << 16  # frames decoded at a time
 _SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and similar models; an estimate of cost for others
 
@@ -59,7 +60,9 @@ class AudioReader:
 
     def features(self, waves: list[Wave]) -> Batch:
         """Return the model inputs for waveforms (samples,) at ``rate``: tensors (B, ...)."""
-        made = self.extractor(waves, sampling_rate=self.rate, padding=True, return_tensors="pt")
+        # Whisper's extractor and model take 30 seconds, whatever the length of the recordings.
+        padding = "max_length" if hasattr(self.extractor, "nb_max_frames") else True
+        made = self.extractor(waves, sampling_rate=self.rate, padding=padding, return_tensors="pt")
         return dict(made)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -124,7 +127,7 @@ class AudioExamples(Examples):
         except Exception as error:  # of libsndfile, and others that soundfile raises for odd headers
             raise self.recordings.unreadable(row, error) from error
         if not len(wave):
-            raise self.recordings.unreadable(row, "it has no samples")
+            raise self.recordings.unreadable(row, _SILENT)
         return wave
 
 
@@ -146,6 +149,8 @@ def encode_audio(
         if not 1 <= found.samplerate <= _HIGHEST_RATE:
             problem = f"it has {found.samplerate:,} samples a second, allowed are 1 to {_HIGHEST_RATE:,}"
             raise recordings.unreadable(row, problem)
+        if not found.frames:
+            raise recordings.unreadable(row, _SILENT)
         counts[row] = min(_resampled_length(found.frames, found.samplerate, reader.rate), reader.max_samples + 1)
     return AudioExamples(
         recordings=recordings, targets=targets, num_unlabelled=int(missing.sum()), reader=reader,

@@ -72,6 +72,8 @@ class ImageReader:
                     "data.image_size", f"got {asked}, the model's patches are {patch} pixels wide",
                     allowed=f"a multiple of {patch}, such as {near}",
                 )  # fmt: skip
+            if not hasattr(processor, "size"):
+                raise ConfigError("data.image_size", "this model's image processor has one size", fix="Remove it")
             _set_size(processor, asked)
         size = _output_size(processor)
         is_other = size is not None and isinstance(own, int) and size != (own, own)
@@ -241,13 +243,15 @@ def _set_size(processor: Any, side: int) -> None:
         edges = ("shortest_edge", "height", "width")
         processor.size = {name: round(size[name] * scale) for name in edges if size.get(name)} or square
         processor.crop_size = square
+    elif getattr(processor, "crop_pct", None) is not None:  # it crops to squares of the shortest edge by itself
+        processor.size = {"shortest_edge": side}
     else:
         processor.size = square
     processor.do_resize = True
 
 
 def _output_size(processor: Any) -> tuple[int, int] | None:
-    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    size, crop = dict(getattr(processor, "size", None) or {}), dict(getattr(processor, "crop_size", None) or {})
     if getattr(processor, "do_center_crop", False) and crop.get("height"):
         return int(crop["height"]), int(crop["width"])
     if getattr(processor, "do_resize", False) and size.get("height"):

@@ -92,3 +92,15 @@ def test_class_folders_of_recordings_are_tables_of_audio(tmp_path: Path) -> None
         (tmp_path / label / "1.wav").write_bytes(tone(300))
     train = load_data(DataPlace.parse(str(tmp_path))).require("train", "here")
     assert train.table.to_pydict() == {"audio": ["high/1.wav", "low/1.wav"], "label": ["high", "low"]}
+
+
+def test_a_recording_without_samples_is_refused_before_training(audio: Path) -> None:
+    with pytest.raises(DataError, match=r"row 2: .*it has no samples"):
+        examples([tone(440), tone(440, seconds=0)], audio)
+
+
+def test_short_recordings_are_padded_to_what_whisper_takes() -> None:
+    from transformers import WhisperFeatureExtractor
+
+    reader = AudioReader(extractor=WhisperFeatureExtractor(feature_size=80), max_seconds=1.0)
+    assert reader.features([np.zeros(16000, np.float32)] * 2)["input_features"].shape == (2, 80, 3000)

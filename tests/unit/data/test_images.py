@@ -271,3 +271,13 @@ def test_a_folder_of_neither_is_refused(tmp_path: Path) -> None:
         DataError, match=r"no train, validation or test file; it holds cat.*folder of images for each class"
     ):
         load_data(DataPlace.parse(str(tmp_path)))
+
+
+def test_a_processor_that_crops_a_part_by_itself_gives_the_asked_size(tmp_path: Path) -> None:
+    from transformers import ConvNextConfig, ConvNextImageProcessorPil
+
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "image_size": 64}
+    ConvNextConfig(**sizes, architectures=["ConvNextForImageClassification"]).save_pretrained(tmp_path)
+    ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.875).save_pretrained(tmp_path)
+    found = examples([encoded(Image.new("RGB", size)) for size in ((50, 80), (90, 70))], reader(tmp_path, 32))
+    assert found.batch(np.arange(2))["pixel_values"].shape == (2, 3, 32, 32)
