@@ -249,7 +249,7 @@ class Task(TextTask, WritesText, Answers):
             problem = f"no answer begins within {reading.num_tokens} tokens"
             raise DataError(split.source, problem, fix="Raise --max-length")
         weights = arrays.pop("weights")
-        rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found])
+        rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found]).astype(np.int64)
         del arrays["numbers"]
         kept = None if len(rows) == split.table.num_rows else rows
         examples = self._examples(arrays, counts, processor, reading.num_tokens, kept)
@@ -296,7 +296,7 @@ class Task(TextTask, WritesText, Answers):
         assert self.answer is not None
         expected: list[str] = []
         for (reader, split, _), (arrays, _) in found:
-            column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"]
+            column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"].astype(np.int64)
             texts = [reader.answer_text(cell) for cell in cells(split.table.take(numbers), column)]
             expected += expected_answers(texts, self.answer, split, numbers, column)
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}

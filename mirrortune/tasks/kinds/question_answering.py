@@ -184,7 +184,7 @@ class Task(TextTask):
         scoring: _Scoring = examples.references
         said, right = [], []
         for context, answers, windows in scoring.questions():
-            (low, high), _ = scoring.ranked(windows, judged, may_lack_answer=self.may_lack_answer)[0]
+            (low, high), _ = scoring.ranked(context, windows, judged, may_lack_answer=self.may_lack_answer)[0]
             said.append(context[low:high])
             right.append(tuple(text for text, _ in answers or ()))
         return said, right
@@ -207,7 +207,7 @@ class Task(TextTask):
         for row, (context, _, windows) in enumerate(scoring.questions()):
             if any(np.isnan(judged[window]).any() for window in windows):
                 refuse_nan([row], split.places)
-            found = scoring.ranked(windows, judged, may_lack_answer=self.may_lack_answer)
+            found = scoring.ranked(context, windows, judged, may_lack_answer=self.may_lack_answer)
             shares = plain_numbers(probabilities(np.array([score for _, score in found])))
             for place, suffix in enumerate(suffixes):
                 text, share, low, high = None, None, None, None
@@ -246,10 +246,11 @@ class _Scoring:
             yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)
 
     def ranked(
-        self, windows: range, judged: Sequence[Any], *, may_lack_answer: bool
+        self, context: str, windows: range, judged: Sequence[Any], *, may_lack_answer: bool
     ) -> list[tuple[tuple[int, int], float]]:
         """Return spans of the context (begin and end in characters) with their scores, the best first.
 
+        Tokens of some tokenizers begin with white space; spans do not.
         ``(0, 0)``, no answer, is included if ``may_lack_answer`` or if there is no other span.
         """
         spans, none = [], float("inf")
@@ -260,7 +261,9 @@ class _Scoring:
             spans += _best_spans(starts, ends, np.stack([self.starts[begin:end], self.ends[begin:end]], axis=1))
         found: dict[tuple[int, int], float] = {}
         for score, low, high in sorted(spans, reverse=True):
-            found.setdefault((low, high), score)  # windows overlap, so two may contain the same span
+            begin = high - len(context[low:high].lstrip())
+            if begin < high:
+                found.setdefault((begin, high), score)  # windows overlap, so two may contain the same span
         if may_lack_answer or not found:
             found[0, 0] = none
         # Among equal scores, later spans come first, and no answer last.

@@ -209,7 +209,10 @@ class Task(TextTask, WeighsClasses):
             return None  # unlabelled test splits on the Hub have negative tags
         index = {name: i for i, name in enumerate(self.labels)}
         names = [features[t] if features and isinstance(t, int) else as_name(t) for t in row]
-        unknown = next((n for n in names if n not in index), None) if names else None
+        if None in names:
+            raise DataError(where, f"word {names.index(None) + 1} has no tag", allowed="a tag for every word",
+                            fix="Correct the row")  # fmt: skip
+        unknown = next((n for n in names if n not in index), None)
         if unknown is not None:
             raise DataError(
                 where, f"tag {unknown!r} is not among the tags.{did_you_mean(unknown, self.labels)}",

@@ -17,6 +17,7 @@ from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import score
+from mirrortune.tasks.predicting import PredictOptions
 from tests.tiny_models import tiny_tokenizer
 
 KIND = task_class("question-answering")
@@ -160,3 +161,25 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
 def test_a_task_describes_itself() -> None:
     task = KIND.from_rows(rows(answer("film"), NONE), "squad.json")[0]
     assert task_from_dict(json.loads(json.dumps(task_to_dict(task)))) == task
+
+
+def test_answers_do_not_begin_with_the_space_of_their_first_token() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "[CLS]", "[SEP]", "<pad>", "▁", *(f"▁{word}" for word in ("a", "film", "was", "good"))]
+    made = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", cls_token="[CLS]", sep_token="[SEP]")
+    table = rows({"text": ["good"], "answer_start": [11]}, context="a film was good")
+    task, found = encode(tokenizer, table)
+    (start, end) = found.targets[0].tolist()
+    outputs, batch = told(found, [start], [end]), found.batch(np.arange(1))
+    judged = task.judge(None, batch, outputs, batch["targets"])
+
+    answered = task.prediction_columns(judged, found, Split(table=table, source="squad.json"), PredictOptions())
+    assert (answered["prediction"], answered["start"], answered["end"]) == (["good"], [11], [15])
+    assert said(task, found, outputs) == ["good"]

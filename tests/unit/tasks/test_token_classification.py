@@ -110,6 +110,8 @@ def test_tags_that_are_no_entities_are_scored_one_by_one() -> None:
     ("rows", "says"),
     [
         ({"tokens": [["a", "b"]], "tags": [["O"]]}, "rows.jsonl row 1: 2 words and 1 tags"),
+        ({"tokens": [["a", "b"]], "tags": [[None, "B-Y"]]}, "rows.jsonl row 1: word 1 has no tag"),
+        ({"tokens": [["a", "b"]], "tags": [["O", None]]}, "rows.jsonl row 1: word 2 has no tag"),
         ({"tokens": [["a"]], "tags": [["X"]]}, "row 1: tag 'X' is not among the tags"),
         ({"tokens": [["a"], ["a"]], "tags": [None, ["O"]]}, "1 of 2 rows have no tag in column 'tags' (row 1)"),
     ],
