@@ -194,11 +194,14 @@ class BankAnswers(BlockAnswers):
     @override
     def _answers(self, rows: Split, first: int, on_batch: Callable[[int], None]) -> Predictions:
         names = self._adapters.names_of(rows)
-        groups: dict[Reader, list[int]] = {}
-        for row, name in enumerate(names):
-            groups.setdefault(self._adapters.reader(name), []).append(row)
+        groups: list[tuple[Reader, list[int]]] = []  # few; not all readers can be hashed
+        for row, reader in enumerate(map(self._adapters.reader, names)):
+            known = next((numbers for other, numbers in groups if other == reader), None)
+            if known is None:
+                groups.append((reader, known := []))
+            known.append(row)
         answers: Predictions = {}
-        for reader, numbers in groups.items():
+        for reader, numbers in groups:
             found = self._group(reader, rows, names, np.array(numbers), first, on_batch)
             for column, values in found.items():
                 whole = answers.setdefault(column, [None] * len(names))
