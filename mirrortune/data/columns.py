@@ -228,11 +228,12 @@ def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[
         return (strings[0],), detected("text", strings[0])
     known = contents(table)
     fitting = [known[n] for n in strings if n in known and known[n].may_be_text]
-    found = longest_text(fitting)
+    others = [column for column in fitting if column.name.lower() not in _WEAK_TEXT_NAMES]
+    found = longest_text(fitting) or longest_text(others)
     if found is not None:
         return (found.name,), detected("text", found.name, found.why_text())
     for wanted in _WEAK_TEXT_NAMES:
-        if wanted in lowered:
+        if wanted in lowered and not others:
             return (lowered[wanted],), detected("text", lowered[wanted])
     refuse_unreadable(table, table.column_names)
     raise DataError(

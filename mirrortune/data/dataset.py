@@ -285,7 +285,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
         found[name] = class_folder(part)
         remarks += [f"{name}: {remark}" if parts else remark for remark in found[name].remarks]
         if parts and found[name].table is None:
-            remarks.append(f"{name}: nothing in {part} is an image or a recording")
+            remarks.append(f"{name}: {part} has no folder of images or recordings for each class")
     others = sorted(p.name for p in subs.values() if parts and p not in parts.values())
     remarks += [f"left out, as they are not splits: {', '.join(others)}"] if others else []
     tables = {n: (parts.get(n, folder), c.table) for n, c in found.items() if c.table is not None}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.columns import holds_lists_as_text, is_nan, number_of
-from mirrortune.data.files.arrow import cells, is_list, is_string, nulls
+from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, nulls
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.errors import ConfigError, DataError, did_you_mean
 
@@ -277,9 +277,10 @@ def in_order(names: set[str]) -> list[str]:
 def names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
     """Return the sorted class names in a column; raise a DataError if it does not hold classes."""
     kind = column.type
-    if pa.types.is_nested(kind):
+    if pa.types.is_nested(kind) or is_json(kind):
+        what = "values of different types" if is_json(kind) else str(kind)
         raise DataError(
-            source, f"label column '{name}' holds {kind}", allowed="one class a row, as text or a whole number"
+            source, f"label column '{name}' holds {what}", allowed="one class a row, as text or a whole number"
         )
     values = (v for chunk in column.chunks for v in set(chunk.to_pylist()))
     found = in_order({v for v in map(as_name, values) if v is not None})

@@ -22,6 +22,7 @@ from mirrortune.data.examples import IntArray
 from mirrortune.data.files.arrow import is_json, is_list, is_string, json_array, python_values, text_array
 from mirrortune.data.files.media import FileCells
 from mirrortune.data.files.row_places import FileRows
+from mirrortune.data.files.splits import SPLIT_NAMES
 from mirrortune.data.files.tables import joined
 from mirrortune.data.labels import as_name, feature_names, names_in
 from mirrortune.data.row_stream import Place, RowStream
@@ -294,11 +295,27 @@ def joined_data(
         weights: weights of the sources.
         task: task that reads all sources.
     """
+    names = _joint_names(parts)
+    found = [{names[own]: split for own, split in part.splits.items()} for part in parts]
     splits = {}
-    for name in dict.fromkeys(name for part in parts for name in part.splits):
-        having = [i for i, part in enumerate(parts) if name in part.splits]
-        splits[name] = joined_splits([adjust[i](parts[i].splits[name]) for i in having], [weights[i] for i in having])
+    for name in dict.fromkeys(names.values()):
+        having = [i for i, own in enumerate(found) if name in own]
+        splits[name] = joined_splits([adjust[i](found[i][name]) for i in having], [weights[i] for i in having])
     return DataSet(splits=splits, origin={"sources": [part.origin for part in parts]}, task=task)
+
+
+def _joint_names(parts: Sequence[DataSet]) -> dict[str, str]:
+    """Return the name of each split in the joint data set: one source's ``dev`` is another's ``validation``.
+
+    A source that has two of such names keeps them apart.
+    """
+    names = list(dict.fromkeys(name for part in parts for name in part.splits))
+    joint = {name: name for name in names}
+    for group in SPLIT_NAMES.values():
+        there = [name for name in names if name in group]
+        if there and all(sum(name in part.splits for name in there) <= 1 for part in parts):
+            joint |= dict.fromkeys(there, there[0])
+    return joint
 
 
 def root_folder(split: Split) -> Path | None:

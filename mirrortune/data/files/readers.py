@@ -104,19 +104,33 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
 def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
     with _arrow_errors(path, "parquet"), pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
         schema, facts = file.schema_arrow, file.metadata
-        yield _decoded(schema.empty_table()), None
+        yield _decoded(_unrepeated(path, schema.empty_table())), None
         size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
         rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # a few, if they are images
         for batch in file.iter_batches(batch_size=rows):
-            yield _decoded(pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)), None
+            part = pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
+            yield _decoded(_unrepeated(path, part)), None
 
 
 def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
     with _arrow_errors(path, "arrow"):
         data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
-        found = opened.read_all()
+        found = _unrepeated(path, opened.read_all())
         yield _decoded(found.select(found.column_names)), None
+
+
+def _unrepeated(path: Path, table: pa.Table) -> pa.Table:
+    """Return the table with one unreadable column in place of columns that have the same name."""
+    names = table.column_names
+    if len({*names}) == len(names):
+        return table
+    arrays, fields = [], []
+    for name in dict.fromkeys(names):
+        is_broken = names.count(name) > 1
+        arrays.append(pa.nulls(table.num_rows) if is_broken else table.column(name))
+        fields.append(_repeated(str(path), name) if is_broken else table.schema.field(name))
+    return pa.table(arrays, schema=pa.schema(fields, metadata=table.schema.metadata))
 
 
 def _decoded(table: pa.Table) -> pa.Table:
@@ -391,7 +405,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
 def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
     """Describe the problem of a column whose cells raised ``error``; return it with the index of the first bad cell."""
     if isinstance(error, UnicodeEncodeError):
-        place = next(i for i, v in enumerate(values) if isinstance(v, str) and not v.isascii() and _is_torn(v))
+        place = next(i for i, v in enumerate(values) if not is_unicode(json.dumps(v, ensure_ascii=False)))
         return f"holds half a character ({first_line(error)})", place
     kinds = [_KINDS.get(type(value)) for value in values]
     known = [kind for kind in kinds if kind is not None]
@@ -402,10 +416,6 @@ def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
     if numbers:
         return "holds a whole number of more than 64 bits", numbers[0]
     return f"mixes types ({first_line(error)})", 0
-
-
-def _is_torn(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _column(values: list[Any]) -> pa.Array:

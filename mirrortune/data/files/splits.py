@@ -67,7 +67,22 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         split = _split_of(path)
         if split is not None:
             found.setdefault(split, []).append(path)
+    for split, paths in found.items():
+        _refuse_doubled(folder, split, paths)
     return found
+
+
+def _refuse_doubled(folder: Path, split: str, paths: list[Path]) -> None:
+    """Raise a DataError for files that differ only in their format: in all likelihood, the same rows."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        stem = path.name.lower().removesuffix(".gz").removesuffix(table_suffix(path) or "")
+        other = known.setdefault(stem, path)
+        if other is not path:
+            raise DataError(
+                str(folder), f"{other.name} and {path.name} have one name, so rows of {split} may be there twice",
+                allowed="one file of each name", fix="Move one of them away, or rename it if its rows are others",
+            )  # fmt: skip
 
 
 def _is_saved(folder: Path) -> bool:

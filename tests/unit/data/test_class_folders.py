@@ -92,7 +92,7 @@ def test_a_class_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
 def test_splits_of_class_folders_do_not_vanish_in_silence(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.png", "val/readme.md", "dev/cat/1.png", "extra/cat/1.png")
     assert load_data(DataPlace.parse(str(tmp_path))).splits["train"].remarks == (
-        f"validation: nothing in {tmp_path / 'val'} is an image or a recording",
+        f"validation: {tmp_path / 'val'} has no folder of images or recordings for each class",
         "left out, as they are not splits: dev, extra",
     )
 

@@ -162,3 +162,13 @@ def test_what_cannot_be_chosen_lists_the_columns(
 
     assert str(caught.value).startswith("d.csv: ")
     assert says in str(caught.value)
+
+
+def test_a_description_is_the_text_before_a_title() -> None:
+    rows = range(40)
+    news = pa.table({
+        "Class Index": [str(row % 4 + 1) for row in rows],
+        "Title": [f"a short headline of row {row}" for row in rows],
+        "Description": [f"what happened in row {row}, in words of which there are a few more" for row in rows],
+    })  # fmt: skip
+    assert choose_columns(news, None, None, "news.csv")[:2] == (("Description",), "Class Index")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import zipfile
 from functools import partial
@@ -21,7 +22,7 @@ from mirrortune.data.dataset import DataSet, Split, load_data, set_aside
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.files.splits import matching_files
-from mirrortune.data.labels import feature_names
+from mirrortune.data.labels import feature_names, names_in
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.paths import DataPlace
@@ -292,3 +293,23 @@ def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
 def test_a_pattern_over_the_whole_machine_is_refused(pattern: str) -> None:
     with pytest.raises(DataError, match="searches every folder"):
         matching_files(pattern)
+
+
+def test_a_split_in_two_formats_is_not_read_twice(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv")
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(CSV.encode()))
+    with pytest.raises(DataError, match=r"train\.csv and train\.csv\.gz have one name"):
+        load_data(DataPlace.parse(str(tmp_path)))
+    (tmp_path / "train.csv.gz").unlink()
+    write(tmp_path / "train-1.csv")
+    write(tmp_path / "dev.csv")
+    assert {name: split.table.num_rows for name, split in load_data(DataPlace.parse(str(tmp_path))).splits.items()} == {
+        "train": 4, "validation": 2,
+    }  # fmt: skip
+
+
+def test_labels_of_different_types_in_a_stream_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n')
+    labels = streamed(str(path)).splits["train"].table.column("label")
+    with pytest.raises(DataError, match="label column 'label' holds values of different types"):
+        names_in(labels, "rows.jsonl", "label")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mirrortune.data.dataset import Split
+from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import json_array, python_values
 from mirrortune.data.files.row_places import FileRows
 from mirrortune.data.mixture import (
@@ -21,6 +21,7 @@ from mirrortune.data.mixture import (
     LabelValues,
     MixedStream,
     check_labels_match,
+    joined_data,
     joined_splits,
     label_notes,
     strata_of_sources,
@@ -137,3 +138,20 @@ def test_processes_share_the_rows_of_mixed_streams(tmp_path: Path) -> None:
 def test_the_place_in_a_single_stream_is_written_as_before() -> None:
     assert Place(epoch=1, row=2).to_dict() == {"epoch": 1, "piece": 0, "row": 2, "batch": 0}
     assert Place.from_dict({"epoch": 1, "piece": 0, "row": 2, "batch": 0}) == Place(epoch=1, row=2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "joint"),
+    [
+        (["train", "validation"], ["training", "dev"], {"train": 2, "validation": 2}),
+        (["train", "dev"], ["train", "dev"], {"train": 2, "dev": 2}),
+        (["train", "validation", "dev"], ["train", "dev"], {"train": 2, "validation": 1, "dev": 2}),
+    ],
+)
+def test_splits_of_one_meaning_are_joined(first: list[str], second: list[str], joint: dict[str, int]) -> None:
+    parts = [
+        DataSet(splits={name: Split(table=pa.table({"text": [name]}), source=f"{part} {name}") for name in names})
+        for part, names in (("a", first), ("b", second))
+    ]
+    found = joined_data(parts, [lambda split: split] * 2, [1.0, 1.0], None)
+    assert {name: split.table.num_rows for name, split in found.splits.items()} == joint

@@ -399,3 +399,27 @@ def test_a_file_that_may_not_be_read_need_not_be_copied(
     with pytest.raises(DataError) as caught:
         read_table(path)
     assert str(caught.value) == f"{path}: it may not be read (permission denied). Permit it: chmod u+r {path}."
+
+
+@pytest.mark.parametrize("value", ['[{"content": "hi \\ud83d"}]', '["hi \\ud83d"]', '{"a": ["\\ud83d"]}'])
+def test_half_a_character_inside_of_a_value_makes_its_column_unreadable(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": ["ok"]}\n{"x": ' + value + "}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: column 'x' holds half a character"):
+        refuse_unreadable(read_table(path), ["x"])
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_columns_with_one_name_are_refused_where_they_are_used(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows{ending}"
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "x", "x"])
+    if ending == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    found = read_table(path)
+    assert found.column_names == ["text", "x"]
+    assert found.column("text").to_pylist() == ["a"]
+    with pytest.raises(DataError, match="column name 'x' appears twice"):
+        refuse_unreadable(found, ["x"])
