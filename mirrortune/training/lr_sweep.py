@@ -96,10 +96,12 @@ def sweep_rates(trainer: Trainer, *, lr: float, num_steps: int, on_step: Callabl
             factor = rate / trainer.settings.lr
             for group, peak in heads:
                 group["peak_lr"] = peak / factor
+            trainer.tally.open_window()
             trainer.stepper.step(number, micro_batches, factor)
             reading = trainer.tally.read()
             on_step()
-            if not reading.is_finite or not math.isfinite(reading.loss):
+            # In float16, a step whose loss is not finite is skipped; its window has no items.
+            if not (reading.is_finite and reading.num_items and math.isfinite(reading.loss)):
                 break
             losses.append(reading.loss)
             if losses[-1] > _STOPS_AT * min(losses) and len(losses) > num_steps // 10:

@@ -19,6 +19,7 @@ from mirrortune.errors import DivergedError, InterruptedRun, ResourceError
 from mirrortune.system import devices
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.tasks.objective import Objective
+from mirrortune.training.lr_sweep import sweep_rates
 from mirrortune.training.trainer import Trainer
 from tests import tiny_runs
 from tests.tiny_runs import SETTINGS, Watcher, adapt, make_trainer, terminate_after
@@ -132,6 +133,21 @@ def test_a_loss_that_is_not_finite_is_left_out_too(tmp_path: Path) -> None:
     result = trainer.fit()
     assert result.skipped_steps == 1
     assert [e["step"] for e in logged(tmp_path)] == [1, 3, 4]  # a window without a finite loss has no line
+
+
+def test_a_sweep_ends_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """The step is skipped, so that no parameter breaks: the sweep must not go on with the loss before."""
+    trainer = make_trainer(tmp_path, lr=1.0)
+    task, calls = trainer.task, []
+
+    class Breaking:
+        def loss(self, inputs: Any, outputs: Any, targets: Any) -> Any:
+            calls.append(1)
+            loss, items = task.loss(inputs, outputs, targets)
+            return (loss * math.inf if len(calls) > 5 else loss), items
+
+    trainer.stepper.objective = Objective(Breaking())
+    assert len(sweep_rates(trainer, lr=3e-2, num_steps=12, on_step=lambda: None).losses) == 5
 
 
 def test_overflow_at_every_scale_ends_the_run(tmp_path: Path) -> None:
