@@ -202,6 +202,12 @@ class RunDirectory:
         marker = read_marker(self.path)
         return marker is not None and marker.kind == RUN.name
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the run replaces another one, which is restored unless :meth:`take_place` is called."""
+        marker = read_marker(self.path)
+        return marker is not None and marker.is_pending
+
     def take_place(self) -> None:
         """Delete the run that this run replaces, once this run can be continued."""
         marker = read_marker(self.path)
@@ -215,8 +221,7 @@ class RunDirectory:
 
     def give_way(self) -> None:
         """Restore the run that this run replaces, if :meth:`take_place` was not called."""
-        marker = read_marker(self.path)
-        if marker is not None and marker.is_pending:
+        if self.is_pending:
             put_back(self.path)
 
     def write_text(self, name: str, text: str) -> None:

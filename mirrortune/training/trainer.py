@@ -267,11 +267,15 @@ class Trainer:
             self._save(is_interim=True)
         number = self._vote.number
         where = f"after step {step} of {self.total_steps}, which is safe" if step else "before its first step"
+        fix = how_to_go_on(number)
+        if self.run.is_pending:  # there is no checkpoint, so --resume would continue the earlier run
+            where += ", and the run that it would have replaced is kept"
+            fix = "Start again with the same command"
         error = InterruptedRun(
             str(self.run.path),
             f"{signal.Signals(number).name} stopped it {where}",
             signal_number=ends_as(number),
-            fix=how_to_go_on(number),
+            fix=fix,
             step=step,
         )
         raise sync.told_once(self.accelerator, error)

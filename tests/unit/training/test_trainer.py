@@ -23,6 +23,7 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
+from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock
 from mirrortune.training.evaluate import evaluate_split
@@ -534,6 +535,19 @@ def test_scoring_before_the_first_step_moves_nothing_that_follows(tmp_path: Path
         return watcher.losses
 
     assert losses("before", eval_before=True) == losses("not", eval_before=False)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_keeps_the_one_it_would_replace(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", max_steps=1).fit()
+    kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    run = RunDirectory(tmp_path / "run")
+    with run.held([], overwrite=True, resume=False):
+        run.create(overwrite=True)
+        trainer = make_trainer(run.path, fresh=False, eval_before=True, progress=terminate_after_rows(16))
+        words = r"before its first step, and the run that it would have replaced is kept\. Start again with"
+        with pytest.raises(InterruptedRun, match=words):
+            trainer.fit()
+    assert (run.path / "metrics.jsonl").read_bytes() == kept
 
 
 def test_a_resumed_run_is_scored_before_its_first_step_once(tmp_path: Path) -> None:
