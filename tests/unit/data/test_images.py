@@ -281,3 +281,10 @@ def test_a_processor_that_crops_a_part_by_itself_gives_the_asked_size(tmp_path: 
     ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.875).save_pretrained(tmp_path)
     found = examples([encoded(Image.new("RGB", size)) for size in ((50, 80), (90, 70))], reader(tmp_path, 32))
     assert found.batch(np.arange(2))["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_a_processor_without_a_size_takes_none(monkeypatch: pytest.MonkeyPatch, vision: Path) -> None:
+    monkeypatch.setattr("mirrortune.data.files.images.load_image_processor", lambda _: object())  # such as timm's
+    assert reader(vision).size is None
+    with pytest.raises(ConfigError, match=r"data\.image_size: this model's image processor has one size"):
+        reader(vision, 32)
