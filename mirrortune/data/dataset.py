@@ -234,6 +234,8 @@ def flat(table: pa.Table) -> pa.Table:
     ]
     for name in names:
         parts = table.select([name]).flatten()
+        if {*parts.column_names} & {*table.column_names}:
+            continue  # it stays as it is, beside the column that has the name of a part
         table = table.remove_column(table.column_names.index(name))
         for part in parts.column_names:
             table = table.append_column(part, parts.column(part))

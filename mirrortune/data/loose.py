@@ -101,7 +101,7 @@ def read_stdin(encoding: str) -> tuple[DataSet, bool]:
 
 def _lines(path: Path, encoding: str) -> tuple[Split, bool]:
     """Return the rows of a copy of standard input, and whether they are lines of text."""
-    if not path.stat().st_size:
+    if next(lines_of(path, encoding, "\n"), None) is None:  # not a byte, or a byte order mark alone
         raise DataError(_STDIN_NAME, "it is empty", allowed="a text on every line, or JSON lines")
     start = next((line.strip() for line in lines_of(path, encoding, "\n") if line.strip()), "")
     if start.startswith("{"):

@@ -420,10 +420,7 @@ class _PredictionLoop:
             return None, error
 
     def _gathered(self, made: pa.Table | None, failure: MirrortuneError | None) -> list[pa.Table | int]:
-        """Gather the results of all processes, each a table or an exit code; tables only on the main process.
-
-        Tables are gathered only if no process failed.
-        """
+        """Gather the results of all processes, each a table or an exit code."""
         own = made if failure is None else failure.exit_code
         if self._accelerator.num_processes == 1:
             return [own]

@@ -322,7 +322,8 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
         texts, starts = [part.get("text") for part in parts], [part.get("answer_start") for part in parts]
     places = [-1 if start is None else start for start in starts] + [-1] * (len(texts) - len(starts))
     fits = len(texts) == len(places) and all(isinstance(text, str) for text in texts)
-    if not fits or not all(isinstance(place, int | float) and place == int(place) for place in places):
+    are_whole = all(isinstance(p, int) or (isinstance(p, float) and p.is_integer()) for p in places)
+    if not (fits and are_whole):
         raise DataError(where, f"answers are {str(value)[:120]!r}",
                         allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
     return tuple((text, int(place)) for text, place in zip(texts, places, strict=True))

@@ -126,6 +126,6 @@ def _number(value: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
         return float("nan")
     try:
-        return float(value)
+        return float("inf") if isinstance(value, str) and "_" in value else float(value)  # Python's 1_000
     except (TypeError, ValueError, OverflowError):
         return float("inf")

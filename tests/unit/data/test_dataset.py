@@ -18,7 +18,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.data.dataset import DataSet, Split, load_data, set_aside
+from mirrortune.data.dataset import DataSet, Split, flat, load_data, set_aside
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.files.splits import matching_files
@@ -313,3 +313,9 @@ def test_labels_of_different_types_in_a_stream_are_refused(tmp_path: Path) -> No
     labels = streamed(str(path)).splits["train"].table.column("label")
     with pytest.raises(DataError, match="label column 'label' holds values of different types"):
         names_in(labels, "rows.jsonl", "label")
+
+
+def test_a_part_of_an_object_does_not_take_the_name_of_a_column() -> None:
+    table = pa.table({"a": [{"b": "x"}], "a.b": ["y"], "c": [{"d": "z"}]})
+    found = flat(table)
+    assert found.to_pylist() == [{"a": {"b": "x"}, "a.b": "y", "c.d": "z"}]

@@ -42,3 +42,11 @@ def test_a_column_of_standard_input_is_reported_by_its_line(tmp_path: Path, monk
     assert table.column("id").to_pylist() == [1, 2]
     with pytest.raises(DataError, match=r"^standard input:\d: column 'text' "):
         refuse_unreadable(table, ["text"])
+
+
+@pytest.mark.parametrize("given", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
+def test_empty_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bytes) -> None:
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    with pytest.raises(DataError, match="it is empty"):
+        read_stdin("utf-8")

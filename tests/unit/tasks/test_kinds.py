@@ -51,6 +51,13 @@ def test_a_prompt_without_its_completion_is_not_learned_as_nothing() -> None:
         task.encode(Split(table=rows, source="rows"), reader, Reading(max_length=16))
 
 
+def test_an_underscore_is_in_no_number() -> None:
+    rows = pa.table({"text": ["a", "b"], "label": ["1", "1_000"]})
+    task = task_class("regression").from_rows(rows, "rows", label_column="label")[0]
+    with pytest.raises(DataError, match="label '1_000' in column 'label' is not a finite number"):
+        task.strata(Split(table=rows, source="rows"))
+
+
 def test_rows_from_the_cache_of_tokens_have_the_places_of_their_own_split() -> None:
     reader, told = TextReader(tokenizer=tiny_chat_tokenizer(), is_chat=False, takes_positions=True), list[str]()
     rows, blank = [("a film", "1"), ("a plot", "2"), ("the cast", "3")], (" ", " ")

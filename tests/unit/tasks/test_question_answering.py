@@ -149,6 +149,13 @@ def test_answers_are_scored_as_squad_does(answer: str, truths: tuple[str, ...], 
     assert found == pytest.approx({"exact_match": exact, "squad_f1": f1})
 
 
+@pytest.mark.parametrize("start", [float("nan"), float("inf"), 1.5])
+def test_the_place_of_an_answer_is_a_whole_number(start: float) -> None:
+    table = rows({"text": ["film"], "answer_start": [start]})
+    with pytest.raises(DataError, match=r"squad\.json row 1: answers are"):
+        KIND.from_rows(table, "squad.json")[0].strata(Split(table=table, source="squad.json"))
+
+
 def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="no columns of questions, contexts and answers; the columns are text"):
         KIND.from_rows(pa.table({"text": ["a"]}), "squad.json")
