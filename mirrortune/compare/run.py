@@ -404,11 +404,15 @@ def comparable(recipe: Recipe) -> Recipe:
 
 
 def with_test_split(recipe: Recipe, job: Job) -> Recipe:
-    """Return the recipe of a job; if its data has a labelled test split, add it to the reported splits."""
+    """Return the recipe of a job; if its data has a labelled test split, add it to the reported splits.
+
+    A split whose rows train the model or choose its checkpoint is no test split, whatever its name.
+    """
     settings = job.settings
     data, name = read_data(settings.data, settings.task), recipe.data.test_split
     rows = data.find(name)
-    if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
+    used = (recipe.data.train_split, recipe.data.validation_split, *recipe.eval.report_splits)
+    if rows is None or any(rows is data.find(split) for split in used):
         return recipe
     try:
         job.task.strata(rows)  # raises if rows lack labels

@@ -8,13 +8,16 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from mirrortune.compare.grid import Cell, make_grid
-from mirrortune.compare.run import Comparison
+from mirrortune.compare.run import Comparison, with_test_split
+from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import DataError, DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.runs.checks import unpack
 from mirrortune.system.console import Reporter
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.system.run_status import recorded_status
@@ -145,3 +148,23 @@ def test_the_exit_code_of_a_stopped_comparison_names_the_signal(
     with pytest.raises(InterruptedRun, match="Give the same command again") as error:
         comparison(tmp_path).run(1)
     assert error.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        ([], ("test",)),
+        (["data.validation_split=test"], ()),
+        (["data.train_split=test", "data.validation_split=train"], ()),
+        (["eval.report_splits=[test]"], ("test",)),
+    ],
+)
+def test_rows_that_train_or_choose_are_no_test_rows(
+    tmp_path: Path, words: list[str], reported: tuple[str, ...]
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\ngood,yes\nbad,no\n" * 4)
+    words = ["model.name=m", "task.kind=text-classification", f"data.path={tmp_path}", *words]
+    recipe = resolve([override_layer(words)]).recipe
+    job = Mock(settings=unpack(recipe))
+    assert with_test_split(recipe, job).eval.report_splits == reported
