@@ -25,6 +25,7 @@ from mirrortune.cli.doctor import doctor
 from mirrortune.cli.exports import merge, push
 from mirrortune.cli.flags import (
     NOT_FOR_EVAL,
+    OF_EACH_RUN,
     Debug,
     Json,
     OnceEach,
@@ -32,6 +33,7 @@ from mirrortune.cli.flags import (
     Verbose,
     given_flags,
     refuse_training_only,
+    refuse_words,
     with_recipe_flags,
 )
 from mirrortune.cli.predictions import predict
@@ -261,7 +263,7 @@ def evaluate(
 
 @app.command(cls=OnceEach)
 @_guard
-@with_recipe_flags("output_dir", "adapter.method", "train.lr", "train.seed")
+@with_recipe_flags(*OF_EACH_RUN)
 def compare(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one for each task, and settings over them.", show_default=False)] = None, *,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B:key=value,...", help="Methods, each with settings of its own; the others are tested against the first.", show_default=False)],
@@ -287,6 +289,7 @@ def compare(
         overrides = ["eval.protocol=split-dev", *overrides]
     asked = [[n, *overrides] for n in names] or [overrides]
     found = all_of(*(functools.partial(_resolve, own, task, given, reporter) for own in asked))
+    refuse_words(overrides, found[0][0].origins, "each run of a comparison has its own", OF_EACH_RUN)
     labels = names or [found[0][1] or short_name(found[0][0].recipe.data.path) or "task"]
     from mirrortune.compare.grid import make_grid  # noqa: PLC0415
 

@@ -117,6 +117,13 @@ NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "trai
 _READ_OF_TRAIN = (*_KEPT, "train.batch_size", "train.num_workers")
 
 
+OF_EACH_RUN = {
+    "output_dir": "Use -o", "adapter.method": "Use --methods", "train.seed": "Use --seeds",
+    "train.lr": "Use --lr-grid, or --methods NAME:lr=X/Y for one method",
+}  # fmt: skip
+"""Settings that ``compare`` makes for each of its runs, and what to give instead."""
+
+
 def refuse_training_only(words: Sequence[str], origins: Mapping[str, str]) -> None:
     """Raise ConfigError for settings on the command line that have no effect, because the command trains nothing.
 
@@ -124,14 +131,26 @@ def refuse_training_only(words: Sequence[str], origins: Mapping[str, str]) -> No
         words: settings, as typed.
         origins: where each setting was set, by dotted key.
     """
+    keys = [
+        key for key in origins if key.startswith(("train.", "adapter.", "output_dir")) and key not in _READ_OF_TRAIN
+    ]
+    problem = "it is a setting of training, and this command trains nothing"
+    refuse_words(words, origins, problem, dict.fromkeys(keys, "Remove it"))
+
+
+def refuse_words(words: Sequence[str], origins: Mapping[str, str], problem: str, fixes: Mapping[str, str]) -> None:
+    """Raise ConfigError for settings on the command line that have no effect.
+
+    Args:
+        words: settings, as typed.
+        origins: where each setting was set, by dotted key.
+        problem: why they have none.
+        fixes: what to do instead, by the dotted key of each of these settings.
+    """
     typed = {f"'{word}'" for word in words}
-    unused = [
-        origin for key, origin in origins.items()
-        if origin in typed and key.startswith(("train.", "adapter.", "output_dir")) and key not in _READ_OF_TRAIN
-    ]  # fmt: skip
+    unused = [(origins[key], fix) for key, fix in fixes.items() if origins.get(key) in typed]
     if unused:
-        problem = "it is a setting of training, and this command trains nothing"
-        raise ConfigError.several([ConfigError(word, problem, fix="Remove it") for word in unused])
+        raise ConfigError.several([ConfigError(word, problem, fix=fix) for word, fix in unused])
 
 
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

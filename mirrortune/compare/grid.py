@@ -115,7 +115,7 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
     Args:
         word: one item of ``--methods``.
         base_head_lr: learning rate of the head in the recipe, the default for methods that train only the head.
-        lr_grid: learning rates for methods without ``lr``; by default, rates around the default of each method.
+        lr_grid: learning rates for methods that set none; by default, rates around the default of each method.
 
     Raises:
         ConfigError: the method is unknown, a part is not ``key=value``, or a key is not one that methods may differ in.
@@ -139,7 +139,7 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
         settings[dotted] = strict_yaml.parse_scalar(text, f"{_WHERE} {word}")
     if lrs and lr_key in settings:
         raise ConfigError(_WHERE, f"'{word}' sets both lr and {lr_key}", fix="Keep one of them")
-    if not lrs and lr_grid is not None:
+    if not lrs and lr_grid is not None and lr_key not in settings:
         lrs = parse_lrs(lr_grid)
     elif not lrs:
         lrs = parse_lrs(str(settings.get(lr_key, default)), f"{_WHERE} {word}")

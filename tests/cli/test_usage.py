@@ -160,6 +160,22 @@ def test_one_side_of_preferences_is_not_learned(
     assert "--label-column" not in outcome.said
 
 
+def test_settings_that_each_run_of_a_comparison_has_are_refused(desk: Path, tiny_model_dir: Path) -> None:
+    own = {
+        "output_dir=a": "Use -o.", "adapter.method=svft": "Use --methods.", "train.seed=3": "Use --seeds.",
+        "train.lr=0.1": "Use --lr-grid, or --methods NAME:lr=X/Y for one method.",
+    }  # fmt: skip
+    words = ["compare", "-m", tiny_model_dir, *TASK, "--methods", "none", "-o", "out", "--report-only"]
+
+    outcome = mirrortune(*words, *own, "train.head_lr=0.1")
+
+    assert outcome.exit_code == 2
+    assert outcome.stderr.count("\n") == len(own)
+    for word, fix in own.items():
+        assert f"'{word}': each run of a comparison has its own. {fix}" in outcome.stderr
+    assert mirrortune(*words, "train.head_lr=0.1").exit_code == 0
+
+
 @pytest.mark.parametrize("command", ["eval run", "predict run --text good", "chat run"])
 def test_settings_of_training_are_refused_where_nothing_is_trained(desk: Path, command: str) -> None:
     outcome = mirrortune(*command.split(), "train.lr=1", "adapter.rank=4", "train.precision=fp32", "train.seed=3")

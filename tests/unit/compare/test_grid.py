@@ -238,7 +238,9 @@ def test_settings_of_methods_that_contradict_each_other_are_refused(word: str, s
 
 
 def test_a_rate_of_a_method_is_the_middle_of_its_grid() -> None:
-    assert parse_contender("mirror:train.lr=1e-4", base_head_lr=1e-3).lrs == (3e-5, 1e-4, 3e-4)
+    for grid in (None, "1e-3,1e-2"):
+        assert parse_contender("mirror:train.lr=1e-4", base_head_lr=1e-3, lr_grid=grid).lrs == (3e-5, 1e-4, 3e-4)
+        assert parse_contender("mirror:lr=1e-4", base_head_lr=1e-3, lr_grid=grid).lrs == (1e-4,)
 
 
 def test_names_that_lead_to_the_same_folder_are_refused() -> None:
