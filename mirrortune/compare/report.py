@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose, shown_
 from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
+from mirrortune.data.files.splits import SPLIT_NAMES
 from mirrortune.errors import ConfigError, counted
 from mirrortune.reports import html
 from mirrortune.reports.drawing import Drawing, write_figure
@@ -32,6 +33,7 @@ from mirrortune.tasks.metrics import METRICS
 # Taken from the first reported run, since they are nearly the same for all seeds.
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
 _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
+_CHOSEN_ON_IT = " (chosen on it)"
 
 
 def compare(
@@ -132,10 +134,10 @@ def _scores_table(found: dict[str, Any]) -> Table:
 
 
 def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequence[str]) -> list[str]:
-    spreads = [method["reported"][name] for name in splits]
-    scores = [f"{_score(s['mean'], found)} ± {_score(s['std'], found)}" for s in spreads]
+    lacks = _lacking(method)
+    scores = [f"{_mean(method['reported'][name], found)}{f' ({lacks})' if lacks else ''}" for name in splits]
     test = next((t for t in found["tests"].get(splits[-1], []) if t["label"] == label), None)
-    against = "-"
+    against = "-" if label == found["reference"] else "not tested"
     if test is not None:
         low, high, difference = (
             "" if test[key] is None else _score(test[key], found, signed=True) for key in ("low", "high", "difference")
@@ -151,6 +153,21 @@ def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequ
         f"{1000 * method['median_step_seconds']:.0f} ms",
         f"{method['peak_memory_bytes'] / 2**20:,.0f} MiB",
     ]
+
+
+def _mean(spread: dict[str, Any], found: dict[str, Any]) -> str:
+    """Format a mean and, for several seeds, its standard deviation."""
+    deviation = "" if spread["std"] is None else f" ± {_score(spread['std'], found)}"
+    return f"{_score(spread['mean'], found)}{deviation}"
+
+
+def _lacking(method: dict[str, Any]) -> str:
+    """Describe which seeds a method lacks, such as ``3 of 5 seeds, 2 diverged``; empty if it lacks none."""
+    done, diverged, unfinished = (len(method[key]) for key in ("seeds", "diverged", "unfinished"))
+    if not diverged + unfinished:
+        return ""
+    why = [f"{count} {what}" for count, what in ((diverged, "diverged"), (unfinished, "not finished")) if count]
+    return ", ".join([f"{done} of {counted(done + diverged + unfinished, 'seed')}", *why])
 
 
 def _rates_table(found: dict[str, Any]) -> Table:
@@ -187,18 +204,38 @@ def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
 
 
 def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
-    env = results["environment"]
-    count = max((len(m["seeds"]) for m in found["methods"].values()), default=0)
-    tuned = len(results["tune_seeds"])
-    by = " by the loss" if results["choose_by"] == "loss" else ""
+    env, seeds = results["environment"], len(results["seeds"])
+    what = "Score of one seed" if seeds == 1 else f"Mean and standard deviation over {seeds} seeds"
     times = ", times 100" if METRICS[found["metric"]].is_share else ""
-    rows = ", ".join(f"{counted(n, 'row')} of {name}" for name, n in found["rows"].items())
+    by = " by the loss" if results["choose_by"] == "loss" else ""
+    both = ", ".join(name.removesuffix(_CHOSEN_ON_IT) for name in found["chosen_on"])
+    on = f"rows that are also reported ({both})" if both else "rows that are not reported"
+    rows = ", ".join(f"{counted(n, 'row')} of {name}" for name, n in found["rows"].items() if n)
+    lost = [f"`{label}` ({_lacking(m)})" for label, m in found["methods"].items() if m["diverged"] and not m["seeds"]]
+    sentences = [
+        f"{what}{times}; learning rates chosen with {counted(len(results['tune_seeds']), 'seed')}{by} on {on}"
+        f"{f'; scored on {rows}' if rows else ''}",
+        *([f"Left out: {', '.join(lost)}"] if lost else []),
+        *([_tested(found, seeds)] if len(found["methods"]) > 1 else []),
+        f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}",
+    ]
+    return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _tested(found: dict[str, Any], seeds: int) -> str:
+    """Describe how the methods are tested against the reference."""
+    if seeds == 1:
+        return f"Difference to `{found['reference']}`; it is not tested with one seed"
+    t_test, tests = "a paired t-test over seeds (Holm, p < 0.05)", found["tests"].get(found["splits"][-1], [])
+    if tests and all(test["low"] is None for test in tests):
+        what = "probabilities" if METRICS[found["metric"]].takes_probabilities else "predictions"
+        return (
+            f"Difference to `{found['reference']}`; it counts as better or worse if {t_test} says so; rows are not "
+            f"resampled, because runs keep no {what} of them"
+        )
     return (
-        f"Mean and standard deviation over {count} seed{'s' * (count != 1)}{times}; learning rates chosen with "
-        f"{tuned} seed{'s' * (tuned != 1)}{by} on rows that are not reported; "
-        f"scored on {rows}. Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
-        f"it counts as better or worse if that interval and a paired t-test over seeds (Holm, p < 0.05) both say so. "
-        f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}."
+        f"Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
+        f"it counts as better or worse if that interval and {t_test} both say so"
     )
 
 
@@ -214,19 +251,29 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
     tests: dict[str, list[dict[str, Any]]] = {}
     rows: dict[str, int] = {}
     for split in splits:
-        samples = {label: _sample(comparison, task, label, methods[label], split) for label in complete}
+        samples = {label: _sample(comparison, task, label, m, split) for label, m in finished.items()}
+        rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
+        samples = {label: samples[label] for label in complete}
         compute = METRICS[metric].compute
+        if METRICS[metric].takes_probabilities:  # which runs do not keep
+            samples = {label: replace(sample, predictions=None) for label, sample in samples.items()}
         if "rank" in METRICS[metric].targets:  # references that each model gave, which is what is tested then
             samples = {label: sample.by_ranks() for label, sample in samples.items()}
             compute = METRICS[metric].of_ranks
-        rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
         if reference in complete:
             paired = compare_with_reference(
                 samples, reference, compute, higher_is_better=METRICS[metric].higher_is_better
             )
             tests[split] = [asdict(p) for p in paired]
-    found = {"metric": metric, "reference": reference, "splits": splits, "rows": rows}
+    chosen_on = [name for name in splits if _chooses(comparison.recipes[task], name)]
+    found = {"metric": metric, "reference": reference, "splits": splits, "rows": rows, "chosen_on": chosen_on}
     return {**found, "methods": methods, "tests": tests}
+
+
+def _chooses(recipe: Recipe, split: str) -> bool:
+    """Return whether a reported split holds rows that choose the learning rate and the checkpoint."""
+    names, chosen = ({name, *SPLIT_NAMES.get(name, ())} for name in (split, recipe.data.validation_split))
+    return split.endswith(_CHOSEN_ON_IT) or not names.isdisjoint(chosen)
 
 
 def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:
@@ -238,11 +285,16 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         "is_at_edge": state.is_at_edge,
         "tuning": {shown_lr(lr): _tuned(comparison, task, who.label, lr, score) for lr, score in state.scores.items()},
         "seeds": [],
+        "diverged": [],
+        "unfinished": list(comparison.grid.seeds),
     }
     if state.lr is None:
         return found
     cells = [Cell(task, who.label, state.lr, seed) for seed in comparison.grid.seeds]
     results = {cell.seed: r for cell in cells if (r := comparison.result(cell)) is not None}
+    diverged = [cell.seed for cell in cells if cell.seed not in results and comparison.has_diverged(cell)]
+    unfinished = [cell.seed for cell in cells if cell.seed not in (*results, *diverged)]
+    found |= {"diverged": diverged, "unfinished": unfinished}
     if not results:
         return found
     _check_alike(
@@ -253,7 +305,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
     metric = first["selection_metric"]
     # Under the protocol dev-best, the rows that select the checkpoint are the only ones to report on.
     per_split = {name: [r["reported"][name][metric] for r in results.values()] for name in first["reported"]}
-    per_split = per_split or {"validation (chosen on it)": [r["metrics"][metric] for r in results.values()]}
+    per_split = per_split or {f"validation{_CHOSEN_ON_IT}": [r["metrics"][metric] for r in results.values()]}
     return {
         **found,
         "seeds": sorted(results),
@@ -299,7 +351,7 @@ def _check_alike(where: str, scored: dict[str, tuple[str, tuple[str, ...]]]) -> 
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": deviation, "values": values}
 
 

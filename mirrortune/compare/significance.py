@@ -46,8 +46,9 @@ class Sample:
 
     Attributes:
         values: scores, shape (seeds,).
-        predictions: predictions of each seed's rows, each of shape (rows,); None if they were not kept.
-        references: references of each seed's rows, likewise.
+        predictions: predictions of each seed's rows, each of shape (rows,); None if they were not kept or are not what
+            the metric takes.
+        references: references of each seed's rows; None if they were not kept.
     """
 
     values: tuple[float, ...]
@@ -146,7 +147,8 @@ def _difference(sample: Sample, base: Sample) -> str:
     """Describe how the rows of two samples differ, or return an empty string."""
     if len(sample.values) != len(base.values):
         return f"it has {len(sample.values)} seeds, not {len(base.values)}"
-    for seed, (predicted, own) in enumerate(zip(sample.predictions or (), sample.references or (), strict=True)):
+    predictions = sample.predictions or sample.references or ()
+    for seed, (predicted, own) in enumerate(zip(predictions, sample.references or (), strict=True)):
         if len(predicted) != len(own):
             return f"run {seed + 1} has {counted(len(predicted), 'prediction')} for {counted(len(own), 'row')}"
     for seed, (own, expected) in enumerate(zip(sample.references or (), base.references or (), strict=False)):

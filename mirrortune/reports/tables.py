@@ -45,8 +45,8 @@ class Table:
 
     def markdown(self, *, has_code: bool = False) -> str:
         """Render the table as Markdown, with the first column as code if ``has_code``."""
-        rows = [[f"`{row[0]}`", *row[1:]] if has_code else row for row in self.rows]
-        lines = ["| " + " | ".join(map(str, row)) + " |" for row in (self.head, *rows)]
+        rows = [[_code(row[0]), *row[1:]] if has_code else row for row in self.rows]
+        lines = [f"| {' | '.join(map(_in_row, row))} |" for row in (self.head, *rows)]
         return "\n".join([lines[0], "|" + "---|" * len(self.head), *lines[1:]])
 
     def html(self) -> Html:
@@ -58,6 +58,17 @@ class Table:
         return Html(
             f'<div class="wide"><table{kind}>{shown}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
         )
+
+
+def _code(cell: object) -> str:
+    """Mark a cell as code in Markdown."""
+    text = str(cell)
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _in_row(cell: object) -> str:
+    r"""Escape a cell for a row of a Markdown table, where ``\|`` is a bar in code, too."""
+    return " ".join(str(cell).replace("|", r"\|").splitlines())
 
 
 def sparkline(values: Sequence[float]) -> str:

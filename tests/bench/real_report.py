@@ -160,7 +160,7 @@ def _by_task(found: Found) -> Drawing:
             scores = [(place, own) for place, method in enumerate(methods) if (own := score(task, method))]
             for place, own in scores:
                 style = _style(place)
-                axes.errorbar(100 * own["mean"], place, xerr=100 * own["std"], capsize=2, markersize=5, **style)
+                axes.errorbar(100 * own["mean"], place, xerr=100 * (own["std"] or 0), capsize=2, markersize=5, **style)
                 axes.plot([100 * v for v in own["values"]], [place] * len(own["values"]), "|", color=style["color"])
             low = _lowest_shown([own for place, own in scores if methods[place] != "none"])
             for place, own in scores:
@@ -182,7 +182,7 @@ def _lowest_shown(scores: Sequence[dict[str, Any]]) -> float | None:
     """Return where an axis starts that shows the differences between adapters; the head alone may lie far below."""
     if not scores:
         return None
-    values = [100 * value for own in scores for value in (*own["values"], own["mean"] - own["std"])]
+    values = [100 * value for own in scores for value in (*own["values"], own["mean"] - (own["std"] or 0))]
     return min(values) - 0.15 * (max(values) - min(values)) - 0.5
 
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report of a comparison says, written from run directories that no training made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mirrortune.compare.grid import Cell, make_grid
+from mirrortune.compare.report import write_report
+from mirrortune.compare.run import Comparison
+from mirrortune.config.recipe import override_layer, resolve
+from mirrortune.system.console import Reporter
+
+pytestmark = pytest.mark.figures
+RATE = 0.1
+
+
+def comparison(root: Path, *words: str, seeds: int = 5, methods: str = "mirror,none") -> Comparison:
+    """Return a comparison of one task with one learning rate."""
+    recipe = resolve([override_layer(list(words))]).recipe
+    grid = make_grid({"data": recipe}, methods, seeds=seeds, tune_seeds=1, lr_grid=str(RATE), extensions=0)
+    return Comparison(root, grid, {"data": recipe}, Reporter(verbosity=-1))
+
+
+def finish(
+    compared: Comparison, label: str, seed: int, score: float, *splits: str, metric: str = "accuracy",
+    arrays: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write what the report reads of a finished run."""
+    folder = Cell("data", label, RATE, seed).folder(compared.root)
+    folder.mkdir(parents=True)
+    sizes = ("trainable_parameters", "head_parameters", "adapter_bytes", "median_step_seconds", "peak_memory_bytes",
+             "train_seconds", "pairing_seconds")  # fmt: skip
+    metrics = {metric: score, "loss": 1.0}
+    found = {"selection_metric": metric, "metrics": metrics, "reported": dict.fromkeys(splits, metrics)}
+    (folder / "results.json").write_text(json.dumps({**found, **dict.fromkeys(sizes, 1)}))
+    if arrays:
+        save_file(arrays, folder / "predictions.safetensors")
+
+
+def diverge(compared: Comparison, label: str, seed: int) -> None:
+    """Write what the report reads of a run that diverged."""
+    folder = Cell("data", label, RATE, seed).folder(compared.root)
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"status": "diverged"}))
+
+
+def report(compared: Comparison) -> tuple[dict[str, Any], str]:
+    """Write the report; return the results of the task, and the table without runs of spaces."""
+    return write_report(compared, "")["tasks"]["data"], (compared.root / "table.md").read_text(encoding="utf-8")
+
+
+def row(table: str, label: str) -> list[str]:
+    """Return the cells of a method in the first table."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| `{label}`"))
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_the_row_of_a_method_says_how_many_seeds_it_has_and_why(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, methods="mirror,none,svft")
+    for seed in range(5):
+        finish(compared, "mirror", seed, 0.5 + seed / 100, "test")
+        (diverge if seed in (1, 4) else finish)(compared, "none", seed, *([] if seed in (1, 4) else [0.5, "test"]))
+        diverge(compared, "svft", seed)
+    found, table = report(compared)
+    assert row(table, "mirror")[2:4] == ["52.0 ± 1.6", "-"]
+    assert row(table, "none")[2:4] == ["50.0 ± 0.0 (3 of 5 seeds, 2 diverged)", "not tested"]
+    assert found["methods"]["none"]["diverged"] == [1, 4]
+    assert "Mean and standard deviation over 5 seeds, times 100; " in table
+    assert "Left out: `svft` (0 of 5 seeds, 5 diverged). " in table
+
+
+def test_the_row_of_an_unfinished_method_says_so(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=3)
+    finish(compared, "mirror", 0, 0.5, "test")
+    finish(compared, "none", 0, 0.5, "test")
+    _, table = report(compared)
+    assert row(table, "mirror")[2:4] == ["50.0 (1 of 3 seeds, 2 not finished)", "-"]
+    assert row(table, "none")[2:4] == ["50.0 (1 of 3 seeds, 2 not finished)", "not tested"]
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=1)
+    finish(compared, "mirror", 0, 0.5, "test")
+    finish(compared, "none", 0, 0.75, "test")
+    found, table = report(compared)
+    assert "±" not in table
+    assert row(table, "none")[2:4] == ["75.0", "+25.0 not tested"]
+    assert found["methods"]["none"]["reported"]["test"] == {"mean": 0.75, "std": None, "values": [0.75]}
+    assert "Score of one seed, times 100; learning rates chosen with 1 seed on rows that are not reported. " in table
+    assert "Difference to `mirror`; it is not tested with one seed. " in table
+
+
+@pytest.mark.parametrize(
+    ("words", "splits", "says"),
+    [
+        ([], ["test"], "on rows that are not reported. "),
+        ([], [], "on rows that are also reported (validation). "),
+        (["eval.report_splits=[dev]"], ["dev"], "on rows that are also reported (dev). "),
+        (["data.validation_split=test", "eval.report_splits=[test]"], ["test"], "that are also reported (test). "),
+    ],
+)
+def test_the_caption_says_whether_the_reported_rows_chose(
+    tmp_path: Path, words: list[str], splits: list[str], says: str
+) -> None:
+    compared = comparison(tmp_path, *words, seeds=1)
+    finish(compared, "mirror", 0, 0.5, *splits)
+    finish(compared, "none", 0, 0.5, *splits)
+    _, table = report(compared)
+    assert says in table
+    assert "0 rows" not in table
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 3)])
+@pytest.mark.parametrize("metric", ["roc_auc", "log_loss"])
+def test_scores_of_probabilities_are_tested_over_seeds_alone(
+    tmp_path: Path, metric: str, shape: tuple[int, ...]
+) -> None:
+    compared, random = comparison(tmp_path, seeds=3), np.random.default_rng(0)
+    references = random.integers(2, size=shape)
+    for seed in range(3):
+        for label, score in (("mirror", 0.5 + seed / 100), ("none", 0.75 - seed / 100)):
+            arrays = {"test.predictions": random.integers(2, size=shape), "test.references": references}
+            finish(compared, label, seed, score, "test", metric=metric, arrays=arrays)
+    found, table = report(compared)
+    (test,) = found["tests"]["test"]
+    assert (test["low"], test["high"]) == (None, None)
+    assert test["verdict"] == ("better" if metric == "roc_auc" else "worse")
+    assert found["rows"] == {"test": 40}
+    assert "if a paired t-test over seeds (Holm, p < 0.05) says so; rows are not resampled, because runs keep no " \
+        "probabilities of them. " in table  # fmt: skip
+
+
+def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=2)
+    for seed in range(2):
+        finish(compared, "mirror", seed, 0.5, "test")
+        finish(compared, "none", seed, 0.75, "test")
+    _, table = report(compared)
+    assert "scored on" not in table
+    assert "says so; rows are not resampled, because runs keep no predictions of them. " in table
+
+
+def test_a_bar_in_the_name_of_a_method_adds_no_cell(tmp_path: Path) -> None:
+    label = "mirror:target_modules=query|value"
+    compared = comparison(tmp_path, seeds=1, methods=f"{label},none")
+    finish(compared, label, 0, 0.5, "test")
+    finish(compared, "none", 0, 0.5, "test")
+    _, table = report(compared)
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert r"| `mirror:target_modules=query\|value` |" in table
+    assert len({line.replace(r"\|", "").count("|") for line in lines[:4]}) == 1
