@@ -25,6 +25,18 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("names that are all different")
+    return names
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("two numbers, the lower one first")
+    return bounds
+
+
 class ModelSection(_Section):
     """The base model."""
 
@@ -51,7 +63,7 @@ class TaskSection(_Section):
 
     kind: str | None = None
     """Kind of task, such as text-classification."""
-    labels: tuple[str, ...] | None = None
+    labels: typing.Annotated[tuple[str, ...], AfterValidator(_all_different)] | None = None
     """Class names in the order of the model's outputs; taken from the data by default."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute at every evaluation; those of the kind of task by default."""
@@ -339,7 +351,7 @@ class EvalSection(_Section):
     """Labelled splits, such as test, on which to score the selected checkpoint after training."""
     prediction_labels: Literal["names", "indices"] = "names"
     """Write classes as names or as indices in `eval --predictions`."""
-    prediction_bounds: tuple[float, float] | None = None
+    prediction_bounds: typing.Annotated[tuple[float, float], AfterValidator(_ascending)] | None = None
     """Lowest and highest number that `eval --predictions` writes; others are clipped."""
     prediction_files: dict[str, typing.Annotated[str, AfterValidator(_plain_name)]] = Field(default_factory=dict)
     """Names of the files that `eval --predictions FOLDER` writes, by the data set's names for its splits; SPLIT.tsv for

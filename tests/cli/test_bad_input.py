@@ -312,6 +312,8 @@ BAD: dict[str, Bad] = {
     "a class called 1": setting('--class-weights "{1: 3}"', """a key must be text, got '1'. Quote it: "1"."""),
     "one decay rate of two": setting("train.betas=[0.9]", "Allowed: a list of two numbers from 0 to below 1, such as"),
     "one class alone": setting("task.labels=[good]", "task.labels: got ['good']. Allowed: two classes or more."),
+    "one class twice": setting("task.labels=[bad,bad,good]", "got ['bad', 'bad', 'good']. Allowed: names that are"),
+    "bounds upside down": setting("eval.prediction_bounds=[3,1]", "got [3, 1]. Allowed: two numbers, the lower one"),
     "a checkpoint by the loss": setting(
         "task.selection_metric=loss", "task.selection_metric: the loss is only logged. Allowed: accuracy. Use log_loss"
     ),
