@@ -114,7 +114,10 @@ def encode_conversation(
                       return_assistant_tokens_mask=True)  # fmt: skip
         if not may_be_empty and any(m["role"] == "assistant" and _is_empty(m) for m in talk.messages):
             raise LostAnswerError(where, "empty")
-        return list(made["input_ids"]), [bool(flag) for flag in made["assistant_masks"]]
+        is_last = talk.messages[-1]["role"] == "assistant"
+        return _with_ends(
+            tokenizer, list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]], is_last=is_last
+        )
     special = special_tokens(tokenizer)
     spans = dict(_answer_spans(tokenizer, talk, whole, where))
     for turn, (low, high) in spans.items():
@@ -125,6 +128,30 @@ def encode_conversation(
     last = spans.get(len(talk.messages) - 1)
     if last and not whole[: last[1]].endswith(special) and not any(token in whole[last[1] :] for token in special):
         return [*ids, tokenizer.eos_token_id], [*learned, True]  # the template does not end the answer
+    return ids, learned
+
+
+def _with_ends(tokenizer: Any, ids: list[int], learned: list[bool], *, is_last: bool) -> Encoding:
+    """Learn the end of every answer too, which the marks of some templates leave out.
+
+    Args:
+        tokenizer: tokenizer of the ids.
+        ids: ids of a conversation.
+        learned: whether each token lies between the marks.
+        is_last: whether an answer ends the conversation; without an end of its own, it gets the end token.
+    """
+    added = tokenizer.added_tokens_decoder
+    ends = [i for i, flag in enumerate(learned, start=1) if flag and not any(learned[i : i + 1])]
+    open_ends = [end for end in ends if ids[end - 1] not in added]
+    known = turn_end_ids(tokenizer) if open_ends else []
+    for end in open_ends:
+        behind = end
+        while behind < len(ids) and ids[behind] not in known and not tokenizer.decode(ids[behind]).strip():
+            behind += 1
+        if behind < len(ids) and ids[behind] in known:
+            learned[end : behind + 1] = [True] * (behind + 1 - end)
+        elif is_last and end == ends[-1] and not any(i in added for i in ids[end:]):
+            return [*ids, tokenizer.eos_token_id], [*learned[:end], *[True] * (len(ids) + 1 - end)]
     return ids, learned
 
 
@@ -275,6 +302,12 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template that writes anything."""
+    template = tokenizer.chat_template
+    return bool(template.strip() if isinstance(template, str) else template)
+
+
 def _template(tokenizer: Any) -> str:
     return str(tokenizer.get_chat_template())
 
@@ -285,6 +318,10 @@ def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: s
 
     try:
         return tokenizer.apply_chat_template(messages, **{**talk.options, **options})
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"the model's chat template does not parse (line {error.lineno}: {first_line(error, 200)})"
+        fix = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, in the model's folder"
+        raise DataError(where, problem, fix=fix) from error
     except (
         jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
         ValueError,

@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_conversations_need_a_template(desk: Path, plain: Path) -> None:
     write(desk / "talks.jsonl", talks(8))
-    outcome = train(plain, "talks.jsonl")
-    assert outcome.exit_code == 2
-    assert "its tokenizer has no chat template" in outcome.said
+    for model in (plain, write_tiny_causal(desk / "blank", template="\n")):
+        outcome = train(model, "talks.jsonl")
+        assert outcome.exit_code == 2
+        assert "its tokenizer has no chat template" in outcome.said

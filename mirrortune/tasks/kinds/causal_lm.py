@@ -51,6 +51,7 @@ from mirrortune.tasks.chat import (
     encode_continuation,
     encode_conversation,
     encode_prompt,
+    has_template,
     num_tools_lost,
     refuse_faults,
     turn_end_ids,
@@ -200,19 +201,19 @@ class Task(TextTask, WritesText, Answers):
 
     def writes_chat(self, tokenizer: Any) -> bool:
         """Return whether the tokenizer's chat template formats the rows."""
-        may_be = self.format == "auto" and self.layout == "alpaca" and tokenizer.chat_template is not None
+        may_be = self.format == "auto" and self.layout == "alpaca" and has_template(tokenizer)
         return self.needs_template() or may_be
 
     @override
     def load_processor(self, source: ModelSource) -> TextReader:
         """Load the tokenizer; raise a ConfigError if rows require a chat template and it has none."""
         tokenizer = with_end_token(load_tokenizer(source), source)
-        has_template, readers = tokenizer.chat_template is not None, self._readers()
-        if any(r.needs_template() for r in readers) and (not has_template or self.format == "text"):
+        is_able, readers = has_template(tokenizer), self._readers()
+        if any(r.needs_template() for r in readers) and (not is_able or self.format == "text"):
             raise ConfigError(
-                f"model '{source.name}'" if not has_template else "task.format",
+                f"model '{source.name}'" if not is_able else "task.format",
                 "its tokenizer has no chat template, which these rows need"
-                if not has_template else "conversations cannot be written as plain text",
+                if not is_able else "conversations cannot be written as plain text",
                 fix="Use a model tuned for chat, or columns of prompts and completions",
             )  # fmt: skip
         is_chat = any(r.writes_chat(tokenizer) for r in readers)

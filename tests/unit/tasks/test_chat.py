@@ -57,6 +57,28 @@ def test_a_template_that_ends_no_turn_gets_the_end_token() -> None:
     assert learned(tokenizer, encoding) == "42 – ja\n<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [("<|im_end|>\n", "42 – ja<|im_end|>Yes <|im_end|>"), (" \n<|im_end|>", "42 – ja \n<|im_end|>Yes  \n<|im_end|>"),
+     ("\n", "42 – jaYes \n<|im_end|>")],
+)  # fmt: skip
+def test_the_end_of_an_answer_is_learned_even_if_the_marks_leave_it_out(behind: str, expected: str) -> None:
+    tokenizer = tiny_chat_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '"
+        + behind.replace("\n", "\\n")
+        + "' }}{% endfor %}"
+    )
+    assert learned(tokenizer, encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")) == expected
+
+
+def test_a_template_that_does_not_parse_is_not_blamed_on_the_rows() -> None:
+    tokenizer = tiny_chat_tokenizer("{% for m in messages %}\n{{ m['content'] }")
+    words = r"row 1: the model's chat template does not parse \(line 2: .*Correct chat_template\.jinja"
+    with pytest.raises(DataError, match=words):
+        encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     """Like those that drop the reasoning of all answers but the last."""
     tokenizer = tiny_chat_tokenizer(
