@@ -12,6 +12,7 @@ from mirrortune.adapters.files.find import find_adapter
 from mirrortune.analyze.weights import AdaptedWeights, StoredWeights, Weights, load_peft, read_config
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import find_model
+from mirrortune.models.load_errors import quiet
 from mirrortune.system.hub import hub_errors, local_adapter, resolve_commit
 from mirrortune.system.outputs import restore
 from mirrortune.system.paths import ModelPlace, local_path
@@ -101,7 +102,7 @@ def _hub_finder(name: str, revision: str | None) -> Callable[[str], Path | None]
     commit = resolve_commit(name, name, revision, "model", "the model")
 
     def file(filename: str) -> Path | None:
-        with hub_errors(f"model '{name}'", flag="the model"):
+        with hub_errors(f"model '{name}'", flag="the model"), quiet():
             found = cached_file(name, filename, revision=commit, _raise_exceptions_for_missing_entries=False)
         return Path(found) if found else None
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from mirrortune.errors import ConfigError
 from mirrortune.models.gaps import check_shapes, missing_in_base
-from mirrortune.models.load_errors import damage_errors, load_errors
+from mirrortune.models.load_errors import damage_errors, load_errors, quiet
 from mirrortune.models.new_tokens import add_tokens, make_room, token_rows
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
 from mirrortune.models.remote_code import announce_code, refuse_kernels
@@ -105,7 +105,7 @@ class ModelSource:
         """Return the path of a file of the model, downloaded if necessary, or None if it does not exist."""
         from transformers.utils.hub import cached_file  # noqa: PLC0415
 
-        with hub_errors(f"model '{self.name}'", flag="--model"):
+        with hub_errors(f"model '{self.name}'", flag="--model"), quiet():
             path = cached_file(self.location, name, revision=self.commit, _raise_exceptions_for_missing_entries=False)
         return None if path is None else Path(path)
 
@@ -288,7 +288,8 @@ def _end_ids(source: ModelSource) -> list[int]:
     config = source.config
     found = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
     if all(value is None for value in found):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # most models have no generation configuration
+        # Most models have no generation configuration.
+        with quiet(), contextlib.suppress(OSError, ValueError, TypeError):
             revision = source.commit or source.revision
             pinned: dict[str, Any] = {"revision": revision} if revision else {}
             found.append(GenerationConfig.from_pretrained(source.location, **pinned).eos_token_id)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 
 from mirrortune.errors import ConfigError, ResourceError
@@ -105,13 +106,24 @@ def damage_errors(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Disable transformers' progress bars and warnings; mirrortune reports their content, such as a new head."""
+    """Disable progress bars of transformers and the Hub, and transformers' warnings, while the context is open.
+
+    mirrortune reports their content, such as a new head.
+    """
     from transformers.utils import logging  # noqa: PLC0415
 
-    level = logging.get_verbosity()
+    level, has_bars, has_hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), _has_hub_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if has_hub_bars != _has_hub_bars():
+            (enable_progress_bars if has_hub_bars else disable_progress_bars)()
+
+
+def _has_hub_bars() -> bool:
+    return not are_progress_bars_disabled()

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from mirrortune.errors import ConfigError
-from mirrortune.models.load_errors import load_errors
+from mirrortune.models.load_errors import load_errors, quiet
 
 
 def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +34,17 @@ def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No such file or directory: model\.safetensors"), load_errors(str(tmp_path)):
         raise FileNotFoundError("No such file or directory: model.safetensors")
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_progress_bars_are_afterwards_as_before(is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: Any = transformers.utils.logging
+    monkeypatch.setattr(bars, "_tqdm_active", is_on)
+    hub = sys.modules["huggingface_hub.utils.tqdm"]  # a class has the name too
+    monkeypatch.setattr(hub, "progress_bar_states", {"_global": is_on})
+    monkeypatch.setattr(hub, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    with quiet():
+        assert not bars.is_progress_bar_enabled()
+        assert are_progress_bars_disabled()
+    assert bars.is_progress_bar_enabled() is is_on
+    assert are_progress_bars_disabled() is not is_on
