@@ -453,13 +453,16 @@ def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Ten
     """Return a tensor of the file.
 
     Raises:
-        VerificationError: it is missing, does not have this ``shape``, or is not finite.
+        VerificationError: it is missing, does not have this ``shape``, or is not finite; also for a dtype of 8 bits or
+            fewer, in which torch does not compute.
     """
     where, found = str(adapter.folder), adapter.tensors.get(name)
     if found is None:
         raise VerificationError(where, f"tensor '{name}' is missing from the adapter", fix="Restore the adapter folder")
     if tuple(found.shape) != tuple(shape):
         raise VerificationError(where, f"tensor '{name}' has shape {tuple(found.shape)}", allowed=str(tuple(shape)))
+    if found.is_floating_point() and found.dtype.itemsize == 1:
+        raise VerificationError(where, f"tensor '{name}' is {found.dtype}", fix="Restore the adapter folder")
     if not torch.isfinite(found).all():
         raise VerificationError(where, f"tensor '{name}' holds NaN or infinities", fix="Restore the adapter folder")
     return found

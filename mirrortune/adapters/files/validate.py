@@ -150,7 +150,7 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
             "effects": not rest,
         }.get(kind, kind in ("sketch", "signs", "clusters", *_PAIRS) and rest in layers)
         _require(is_known, f"tensor '{key}'")
-        is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else tensor.is_floating_point()
+        is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else _computes(tensor.dtype)
         is_right |= kind == "param" and rest in statistics and tensor.dtype == torch.int64  # a number of batches
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
     counts = {name: layer["layout"].get("count", 1) for name, layer in layers.items()}
@@ -217,7 +217,12 @@ def _is_count(value: object) -> bool:
 
 def _is_float(name: object) -> bool:
     found = getattr(torch, name, None) if isinstance(name, str) else None
-    return isinstance(found, torch.dtype) and found.is_floating_point
+    return isinstance(found, torch.dtype) and _computes(found)
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Return whether torch computes with floating-point numbers of a dtype; not with those of 8 or fewer bits."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _are_names(value: object) -> bool:

@@ -227,6 +227,11 @@ def in_shards(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], d
 
 THETA, HEAD, SKETCH = f"core.{QUERY}.theta", "param.classifier.weight", f"sketch.{QUERY}"
 WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
+    "a head of 8 bits": (put(HEAD, lambda t: t.to(torch.float8_e4m3fn)), f"dtype float8_e4m3fn of tensor '{HEAD}'"),
+    "a layer of 8 bits": (
+        lambda d, t: d["layers"][QUERY].update(dtype="float8_e4m3fn"),
+        f"the dtype of '{QUERY}' is invalid",
+    ),
     "no angles": (drop(THETA), f"tensor '{THETA}' is missing from the adapter"),
     "no head": (drop(HEAD), f"tensor '{HEAD}' is missing from the adapter"),
     "no signs": (drop(f"signs.{QUERY}"), "damaged"),
