@@ -170,7 +170,10 @@ def _transformer(source: ModelSource, files: dict[str, Any], where: str) -> dict
             break
     else:
         return {}
-    method = (found.get("modality_config") or {}).get("text") or {}
+    modalities = found.get("modality_config") or {}
+    method = modalities.get("text") or {} if isinstance(modalities, dict) else None
+    if not isinstance(method, dict):
+        raise ConfigError(f"{where}: {name}", "damaged (its modality_config is no object)", fix="Restore the file")
     stated = {
         "transformer_task": (found.get("transformer_task"), "feature-extraction"),
         "method_output_name": (method.get("method_output_name"), "last_hidden_state"),
@@ -207,6 +210,9 @@ def _prompt(source: ModelSource, files: dict[str, Any], where: str) -> tuple[str
     prompts, default = found.get("prompts") or {}, found.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise ConfigError(f"{where}: {_MODEL_CONFIG}", "damaged (its prompts are not texts)", fix="Restore the file")
+    if not isinstance(default, str | None):
+        problem = f"damaged (default_prompt_name is {default!r:.60})"
+        raise ConfigError(f"{where}: {_MODEL_CONFIG}", problem, allowed="a name", fix="Restore the file")
     notes = []
     others = [name for name, text in prompts.items() if text and name != default]
     if others:

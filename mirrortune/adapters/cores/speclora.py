@@ -45,6 +45,8 @@ class SpecLora(Scale):
         super().__init__(S, top_k=top_k if top_k == "all" else min(top_k, S.shape[0]))
         if not isinstance(lora_rank, int) or lora_rank < 1:
             raise ConfigError("adapter.options.lora_rank", f"got {lora_rank!r}", allowed="1 or more")
+        if not 0 <= init_seed < 2**32:
+            raise ConfigError("adapter.options.init_seed", f"got {init_seed!r}", allowed="0 to 4294967295")
         out_features, in_features = shape
         generator = torch.Generator().manual_seed(init_seed * 1_000_003 + out_features * 8191 + in_features)
         bound = 1 / math.sqrt(in_features)

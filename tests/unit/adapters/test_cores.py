@@ -133,6 +133,8 @@ def test_a_core_without_its_two_methods_cannot_be_made() -> None:
         ("speclora", {"lora_alpha": float("nan")}),
         ("speclora", {"lora_alpha": "8"}),
         ("speclora", {"init_seed": 1.5}),
+        ("speclora", {"init_seed": 10**15}),
+        ("speclora", {"init_seed": -1}),
         ("speclora", {"top_k": -1}),
         ("speclora", {"top_k": None}),
     ],

@@ -124,6 +124,13 @@ def test_without_a_folder_pooling_is_that_of_sentence_transformers(folder: Path,
          "max_seq_length: got 'long'"),
         ({"modules_json": [TRANSFORMER, POOLING], "sentence_bert_config_json": {"transformer_task": "fill-mask"}},
          "transformer_task is 'fill-mask', which is not applied here"),
+        *(({"modules_json": [TRANSFORMER, POOLING], "1_Pooling__config_json": {},
+            "sentence_bert_config_json": {"modality_config": damaged}},
+           r"sentence_bert_config\.json: damaged \(its modality_config is no object\)")
+          for damaged in ("text", {"text": "x"})),
+        ({"modules_json": [TRANSFORMER, POOLING], "1_Pooling__config_json": {},
+          "config_sentence_transformers_json": {"prompts": {"q": "a"}, "default_prompt_name": ["q"]}},
+         r"config_sentence_transformers\.json: damaged \(default_prompt_name is \['q'\]\)"),
     ],
 )  # fmt: skip
 def test_what_is_not_applied_is_refused(folder: Path, files: dict[str, Any], message: str) -> None:
