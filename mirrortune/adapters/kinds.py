@@ -377,3 +377,9 @@ def _outputs(module: Any, x: Tensor) -> Tensor:
             "model", f"a quantised layer cannot be called by itself ({type(error).__name__}: {str(error)[:200]})",
             fix="Load the model dequantised (dequantize=True in its quantization_config), or in full precision",
         ) from error  # fmt: skip
+
+
+def base_prefix(model: nn.Module) -> str:
+    """Return the prefix of the parameters of the base model in a model with a head; empty if it has no such part."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""

@@ -32,6 +32,18 @@ def matches(name: str, pattern: str, where: str) -> bool:
         ) from error
 
 
+def matched(names: Mapping[str, Sequence[str]], pattern: str, where: str) -> set[str]:
+    """Return the layers that ``pattern`` matches, by their first names or, if it matches none of these, by the others.
+
+    Args:
+        names: the names of each layer; that of a tied weight has several.
+        pattern: see :func:`matches`.
+        where: see :func:`matches`.
+    """
+    found = {layer for layer, own in names.items() if matches(own[0], pattern, where)}
+    return found or {layer for layer, own in names.items() if any(matches(name, pattern, where) for name in own[1:])}
+
+
 def fits(expression: str, name: str, where: str) -> bool:
     """Return whether a regular expression matches a layer name completely.
 

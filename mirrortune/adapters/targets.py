@@ -26,10 +26,11 @@ from mirrortune.adapters.kinds import (
     Parameter,
     QuantisedLinear,
     TransposedLinear,
+    base_prefix,
     is_plain,
     plain_dtype,
 )
-from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, matches, no_match
+from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, matched, no_match
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.listed import check_fit
 from mirrortune.adapters.plain import ADD_TOKENS, choose_parameters, chosen_by_method, fit, rows_of_embeddings
@@ -64,6 +65,11 @@ class Candidate:
     """Whether ``nn.MultiheadAttention`` reads the weight and never calls the layer."""
     whole: str = ""
     """Name of the fused layer of which this is a part; empty if there is none."""
+
+    @property
+    def names(self) -> list[str]:
+        """Layer names of the whole weight, one for each place."""
+        return [_layer_name(*place) for place in self.places]
 
     @property
     def is_peft(self) -> bool:
@@ -371,12 +377,6 @@ def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_
     return targets if is_unchanged else find_targets(model, spec, new_parameters)
 
 
-def base_prefix(model: nn.Module) -> str:
-    """Return the prefix of the parameters of the base model in a model with a head; empty if it has no such part."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
-
-
 def _output_embedding_ids(model: nn.Module) -> set[int]:
     getter = getattr(model, "get_output_embeddings", None)
     module: object = getter() if callable(getter) else None
@@ -409,10 +409,10 @@ def _choose(candidates: dict[str, Candidate], pattern: str) -> set[str]:
         return set(layers if pattern == ALL_LAYERS or is_convolutional else linear)
     chosen = set()
     for alternative in alternatives(pattern):
-        matched = {name for name, c in candidates.items() if matches(c.whole or name, alternative, _WHERE)}
-        if not matched:
+        found = matched({name: c.names for name, c in candidates.items()}, alternative, _WHERE)
+        if not found:
             raise no_match(_WHERE, alternative, _usual(candidates), candidates, of=pattern)
-        chosen |= matched
+        chosen |= found
     return chosen
 
 
@@ -439,8 +439,7 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
     """Replace each fused layer that a pattern matches by its parts, ``<layer>.0`` and so on."""
     chosen: dict[str, str] = {}
     for pattern in patterns:
-        named = [name for name in candidates if matches(name, pattern, "adapter.split")]
-        if not named:
+        if not (named := matched({name: c.names for name, c in candidates.items()}, pattern, "adapter.split")):
             raise no_match("adapter.split", pattern, _usual(candidates), candidates)
         chosen |= dict.fromkeys(named, pattern)
     found = {}

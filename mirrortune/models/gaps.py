@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.adapters.targets import base_prefix
+from mirrortune.adapters.kinds import base_prefix
 from mirrortune.errors import ConfigError
 from mirrortune.models.load_errors import quiet
 

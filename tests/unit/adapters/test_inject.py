@@ -22,7 +22,7 @@ from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
 from tests.spectral import relative, train_a_little
-from tests.tiny_models import FAMILIES, tiny_albert, tiny_bert, tiny_roberta
+from tests.tiny_models import FAMILIES, tiny_albert, tiny_bert, tiny_causal, tiny_roberta
 from tests.tiny_runs import logits
 
 # (adapted layers, names of the head) when the checkpoint held the base model only; new parameters are what
@@ -187,6 +187,15 @@ def test_a_language_models_output_embedding_stays_frozen() -> None:
 def test_a_pattern_chooses_layers_from_any_dot_on(pattern: str, expected: int) -> None:
     model = attach(tiny_bert(), AdapterSpec(target_modules=pattern))
     assert len(spectral_layers(model)) == expected
+
+
+def test_a_tied_weight_is_found_by_any_of_its_names() -> None:
+    model = tiny_causal("Llama", tie_word_embeddings=True)
+    for pattern in ("embed_tokens", "lm_head"):
+        assert list(find_targets(model, AdapterSpec(target_modules=pattern)).layers) == ["model.embed_tokens"]
+    # A pattern that matches first names means those alone.
+    spec = AdapterSpec(target_modules=r".*(lm_head|up_proj)")
+    assert list(find_targets(model, spec).layers) == [f"model.layers.{index}.mlp.up_proj" for index in range(2)]
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
