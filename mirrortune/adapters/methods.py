@@ -89,12 +89,13 @@ def _peft(
 
 
 _ALPHA = "lora_alpha"
-# Defaults are PEFT's, except for the rank, a scale of 1, and fields with a comment. The learning rates of lora and road
+# Defaults are PEFT's, except for the rank, an alpha equal to it (a scale of 1, of sqrt(r) for rslora), and fields with a comment. The learning rates of lora and road
 # were the best of three in a prototype; each of the others follows the most similar tuner.
 # fmt: off
 _PEFT: dict[str, Preset] = {
     "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
-    "rslora": _peft("LORA", "LoRA scaled by 1 / sqrt(r)", lr=3e-3, rank=8, alpha=_ALPHA, fixed={"use_rslora": True}),
+    "rslora": _peft("LORA", "LoRA scaled by alpha / sqrt(r): by sqrt(r), as alpha is r by default", lr=3e-3, rank=8,
+                    alpha=_ALPHA, fixed={"use_rslora": True}),
     "dora": _peft("LORA", "LoRA for the direction, a vector for the lengths", lr=3e-3, rank=8, alpha=_ALPHA,
                   fixed={"use_dora": True}),
     "pissa": _peft("LORA", "LoRA that starts from the leading singular directions", lr=1e-3, rank=8, alpha=_ALPHA,

@@ -92,10 +92,11 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
 
 
 def _checked_report(folder: Path) -> dict[str, Any]:
-    """Read the report of a merged folder and check that its weights are still the verified ones.
+    """Read the report of a merged folder, and check that the merge passed its verification and that the headers of the
+    weight files fit their sizes. The values are not compared with those that were verified.
 
     Raises:
-        VerificationError: the merge did not pass its verification, or the weights are damaged.
+        VerificationError: the merge did not pass its verification, or a weight file is cut off.
     """
     report = read_report(folder)
     if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
