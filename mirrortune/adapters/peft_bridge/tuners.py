@@ -135,8 +135,9 @@ def attach_tuner(
         with _seeded(model, spec.seed), recorded_warnings() as more:
             tuner = _build_tuner(model, spec, built, is_stored=config is not None)
         peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
-        # Some tuners create sparse tensors, and torch warns unless this default is set explicitly.
-        torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+        # Some tuners create sparse tensors, and torch warns unless this setting is made explicitly.
+        if not torch.sparse.check_sparse_tensor_invariants.is_enabled():  # type: ignore[no-untyped-call]
+            torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
         layers = _tuned_layers(model, spec, targets, peft)
         _check_as_asked(model, spec)
         said = [*(f"PEFT: {first_line(w.message)}" for w in (*warned, *more)), *_merge_remark(layers)]

@@ -280,6 +280,12 @@ def test_a_layer_that_a_tuner_cannot_take_is_refused_before_the_model_is_touched
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_checks_of_sparse_tensors_stay_as_the_user_has_set_them() -> None:
+    with torch.sparse.check_sparse_tensor_invariants():
+        mirrortune.attach(small_bert(), method="lora")
+        assert torch.sparse.check_sparse_tensor_invariants.is_enabled()  # type: ignore[no-untyped-call]
+
+
 def test_boft_does_not_silently_get_another_factor() -> None:
     with pytest.raises(ConfigError, match=r"boft_n_butterfly_factor: got 2; PEFT needs its CUDA extension"):
         mirrortune.attach(small_bert(), method="boft", boft_n_butterfly_factor=2)
