@@ -47,13 +47,22 @@ class AnsweredExamples(TokenExamples):
 
     @torch.no_grad()
     def generate(self, model: Any, rows: Rows) -> list[str]:
-        """Generate answers to the prompts of ``rows``: greedily, in one batch with left padding."""
-        prompts = [self.prompt(int(row)) for row in rows]
+        """Generate answers to the prompts of ``rows`` greedily; they do not depend on the other rows of the batch."""
+        prompts = {row: self.prompt(row) for row in rows.tolist()}
+        room = {row: self._room(model, len(prompt)) for row, prompt in prompts.items()}
+        found: dict[int, str] = {}
+        for most in sorted({*room.values()}):  # a single value, unless prompts come close to the model's maximum length
+            here = [row for row in prompts if room[row] == most]
+            found |= dict(zip(here, self._generate(model, [prompts[row] for row in here], most), strict=True))
+        return [found[row] for row in rows.tolist()]
+
+    def _generate(self, model: Any, prompts: list[npt.NDArray[np.int64]], max_new_tokens: int) -> list[str]:
+        """Generate at most ``max_new_tokens`` after each prompt, in one batch with left padding."""
         ids, mask = _padded_left(prompts, self.tokenizer.pad_token_id or 0)
         device = next(model.parameters()).device
         width = ids.shape[1]
         written = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=self._room(model, width),
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
             num_beams=1, do_sample=False, use_cache=True, eos_token_id=list(self.stops) or None,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )  # fmt: skip

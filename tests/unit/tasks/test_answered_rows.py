@@ -43,6 +43,16 @@ def test_a_batch_gives_what_each_row_gives_alone(family: str, form: str) -> None
     assert len(set(together)) > 1, "the rows do not tell models apart"
 
 
+def test_a_long_prompt_leaves_the_answers_of_others_their_length() -> None:
+    model = tiny_causal("Llama").eval()
+    rows = [ROWS[0], ROWS[1]]
+    _, examples = encoded(rows, format="text")
+    model.config.max_position_embeddings = len(examples.prompt(1)) + 1
+    together = examples.generate(model, np.arange(2))
+    assert together == [examples.generate(model, np.array([row]))[0] for row in range(2)]
+    assert len(together[0]) > len(together[1])
+
+
 def test_the_prompt_ends_where_the_answer_begins() -> None:
     _, examples = encoded(ROWS, format="text")
     decode = examples.tokenizer.decode
