@@ -18,7 +18,7 @@ from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose, shown_
 from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
-from mirrortune.data.files.splits import SPLIT_NAMES
+from mirrortune.data.dataset import may_be_same_split
 from mirrortune.errors import ConfigError, counted
 from mirrortune.reports import html
 from mirrortune.reports.drawing import Drawing, write_figure
@@ -272,8 +272,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
 
 def _chooses(recipe: Recipe, split: str) -> bool:
     """Return whether a reported split holds rows that choose the learning rate and the checkpoint."""
-    names, chosen = ({name, *SPLIT_NAMES.get(name, ())} for name in (split, recipe.data.validation_split))
-    return split.endswith(_CHOSEN_ON_IT) or not names.isdisjoint(chosen)
+    return split.endswith(_CHOSEN_ON_IT) or may_be_same_split(split, recipe.data.validation_split)
 
 
 def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:

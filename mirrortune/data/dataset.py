@@ -120,6 +120,12 @@ class DataSet:
         return found
 
 
+def may_be_same_split(one: str, other: str) -> bool:
+    """Return whether two names may stand for the same split, such as ``validation`` and ``dev``."""
+    names, others = ({name, *SPLIT_NAMES.get(name, ())} for name in (one, other))
+    return not names.isdisjoint(others)
+
+
 def load_data(
     place: DataPlace, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8",
     least_rows: int = 2,

@@ -17,7 +17,7 @@ from mirrortune.compare.run import Comparison
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.system.console import Reporter
 
-pytestmark = pytest.mark.figures
+pytestmark = pytest.mark.usefixtures("quick_figures")
 RATE = 0.1
 
 
