@@ -162,8 +162,12 @@ def test_runs_of_another_method_in_the_same_folder_are_not_taken(compared: Compa
 
 
 def test_a_method_may_name_its_learning_rate_by_its_key(compared: Compared, tmp_path: Path) -> None:
-    root, label = shutil.copytree(compared.root, tmp_path / "out"), "mirror:train.lr=1e-2"
+    root, label = shutil.copytree(compared.root, tmp_path / "out"), "mirror:train.lr=1e-1"
     (root / "cells" / "data" / "mirror").rename(root / "cells" / "data" / slug(label))
+    for rate in (0.03, 0.3):  # its neighbours, which --lr-grid does not replace
+        neighbour = Cell("data", label, rate, 0).folder(root)
+        neighbour.mkdir(parents=True)
+        (neighbour / "status.json").write_text('{"status": "diverged"}', encoding="utf-8")
     words = [{compared.root: root, "mirror,none": f"none,{label}"}.get(w, w) for w in compared.words]
     again = mirrortune(*words, "--report-only", cache=compared.cache)
     assert again.exit_code == 0, again.stderr
