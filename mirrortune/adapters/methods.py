@@ -89,8 +89,9 @@ def _peft(
 
 
 _ALPHA = "lora_alpha"
-# Defaults are PEFT's, except for the rank, an alpha equal to it (a scale of 1, of sqrt(r) for rslora), and fields with a comment. The learning rates of lora and road
-# were the best of three in a prototype; each of the others follows the most similar tuner.
+# Defaults are PEFT's, except for the rank, an alpha equal to it (a scale of 1; of sqrt(r) for rslora), and fields with
+# a comment. The learning rates of lora and road were the best of three in a prototype; each of the others follows the
+# most similar tuner.
 # fmt: off
 _PEFT: dict[str, Preset] = {
     "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
