@@ -264,7 +264,9 @@ def export(
 def _check_exportable(adapter: AdapterFile) -> None:
     """Raise ConfigError for an adapter that is not a low-rank change of weights."""
     if adapter.peft_config is not None:
-        fix = f"Use {adapter.folder}, or mirrortune merge for plain weights"
+        tuner = adapter.spec.preset.peft
+        converter = ", which llama.cpp's convert_lora_to_gguf.py reads too" if tuner and tuner.kind == "LORA" else ""
+        fix = f"Use {adapter.folder}{converter}; or mirrortune merge for plain weights"
         raise ConfigError("--format", f"'{adapter.spec.method}' is saved in PEFT's own format already", fix=fix)
     if not adapter.layouts:
         problem = f"method '{adapter.spec.method}' changes no layer by a low-rank matrix"

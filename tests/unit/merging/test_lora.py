@@ -223,6 +223,17 @@ def test_what_is_no_lora_is_refused(
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize(("method", "converts"), [("lora", True), ("loha", False)])
+def test_an_adapter_in_pefts_format_is_refused_with_what_reads_it(
+    tiny_model_dir: Path, tmp_path: Path, method: str, *, converts: bool
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir)
+    mirrortune.save_adapter(mirrortune.attach(model, method=method), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="saved in PEFT's own format already") as caught:
+        export(tmp_path / "adapter", tmp_path / "lora")
+    assert ("llama.cpp's convert_lora_to_gguf.py reads too" in str(caught.value)) == converts
+
+
 def test_a_rank_that_no_server_takes_is_refused_with_what_512_would_lose(tmp_path: Path) -> None:
     from mirrortune.merging.lora import LowRankChange, choose_ranks
 
