@@ -304,6 +304,7 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     if recipe.data.validation_column_names and recipe.data.validation_path is None:
         fix = "Set data.validation_path, or remove it"
         errors.append(ConfigError("data.validation_column_names", "no other data set has the validation rows", fix=fix))
+    errors += _idle_settings(recipe)
     errors += problems_of_names(recipe, spec)
     if recipe.adapter.form == "compact" and spec.method in method_names() and spec.basis == "gradient":
         errors.append(no_compact_form(spec.method))
@@ -362,6 +363,21 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
     return errors
+
+
+def _idle_settings(recipe: Recipe) -> list[ConfigError]:
+    """Return errors for settings that another setting leaves without effect."""
+    data, adapter, train = recipe.data, recipe.adapter, recipe.train
+    idle = [
+        ("data", data, "shuffle_buffer", not data.streaming, "rows are not streamed", "or set data.streaming=true"),
+        ("train", train, "also_train_lr", not adapter.also_train, "adapter.also_train is empty", "or set that"),
+        ("train", train, "warmup_ratio", train.warmup_steps is not None, "train.warmup_steps is set", "or that"),
+    ]
+    return [
+        ConfigError(f"{name}.{key}", f"{why}, got {getattr(section, key)}", fix=f"Remove it, {fix}")
+        for name, section, key, is_idle, why, fix in idle
+        if is_idle and getattr(section, key) != type(section).model_fields[key].default
+    ]
 
 
 def check_noise(recipe: Recipe) -> None:
