@@ -201,8 +201,7 @@ class Task(TextTask, WritesText, Answers):
 
     def writes_chat(self, tokenizer: Any) -> bool:
         """Return whether the tokenizer's chat template formats the rows."""
-        may_be = self.format == "auto" and self.layout == "alpaca" and has_template(tokenizer)
-        return self.needs_template() or may_be
+        return self.needs_template() or (self.format == "auto" and self.layout == "alpaca" and has_template(tokenizer))
 
     @override
     def load_processor(self, source: ModelSource) -> TextReader:
