@@ -32,7 +32,7 @@ def matches(name: str, pattern: str, where: str) -> bool:
         ) from error
 
 
-def matched(names: Mapping[str, Sequence[str]], pattern: str, where: str) -> set[str]:
+def layers_named(names: Mapping[str, Sequence[str]], pattern: str, where: str) -> set[str]:
     """Return the layers that ``pattern`` matches, by their first names or, if it matches none of these, by the others.
 
     Args:

@@ -30,7 +30,7 @@ from mirrortune.adapters.kinds import (
     is_plain,
     plain_dtype,
 )
-from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, matched, no_match
+from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, layers_named, no_match
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.listed import check_fit
 from mirrortune.adapters.plain import ADD_TOKENS, choose_parameters, chosen_by_method, fit, rows_of_embeddings
@@ -409,7 +409,7 @@ def _choose(candidates: dict[str, Candidate], pattern: str) -> set[str]:
         return set(layers if pattern == ALL_LAYERS or is_convolutional else linear)
     chosen = set()
     for alternative in alternatives(pattern):
-        found = matched({name: c.names for name, c in candidates.items()}, alternative, _WHERE)
+        found = layers_named({name: c.names for name, c in candidates.items()}, alternative, _WHERE)
         if not found:
             raise no_match(_WHERE, alternative, _usual(candidates), candidates, of=pattern)
         chosen |= found
@@ -439,7 +439,7 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
     """Replace each fused layer that a pattern matches by its parts, ``<layer>.0`` and so on."""
     chosen: dict[str, str] = {}
     for pattern in patterns:
-        if not (named := matched({name: c.names for name, c in candidates.items()}, pattern, "adapter.split")):
+        if not (named := layers_named({name: c.names for name, c in candidates.items()}, pattern, "adapter.split")):
             raise no_match("adapter.split", pattern, _usual(candidates), candidates)
         chosen |= dict.fromkeys(named, pattern)
     found = {}
