@@ -290,7 +290,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "PEFT: a start that is not here": (
         "peft", peft_says(init_lora_weights="loftq", loftq_config={"loftq_bits": 3}), "PEFT cannot put", BY_COMMAND,
     ),
-    "PEFT: no tuner": ("peft", peft_says(peft_type="os"), "PEFT cannot read it"),
+    "PEFT: no tuner": ("peft", peft_says(peft_type="os"), "is not the tuner of its method"),
     "PEFT: another layer's probe": ("peft", say(*LAYER, "response", value=[1.0, 2.0, 3.0, 4.0]), "does not compute"),
 }  # fmt: skip
 
