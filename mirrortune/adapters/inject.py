@@ -8,7 +8,7 @@ PEFT's tuners are attached in ``peft_bridge`` by the same rules. An adapted laye
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,10 +104,11 @@ def attach(
     for name, target in targets.layers.items():  # cores check their options before the model is changed
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
-    with changes(model):
+    layers: dict[str, AdaptedLayer] = {}
+    begun: list[str] = []
+    with changes(model, begun):
         freeze(model, targets)
         listed = _listed_modules(model)
-        layers: dict[str, AdaptedLayer] = {}
         for name, target in targets.layers.items():
             matrix = target.read(model)
             factors = (factor_source or _compute)(name, matrix, target.rank)
@@ -117,6 +118,7 @@ def attach(
             if target.kind.is_quantised:
                 factors = factors.to(device=matrix.device, dtype=matrix.dtype)
             strategy = (strategies or {}).get(name, spec.strategy)
+            begun.append(name)
             layers[name] = _adapt(model, target, factors, core, strategy, listed)
         model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
         thaw(model)
@@ -124,16 +126,22 @@ def attach(
 
 
 @contextlib.contextmanager
-def changes(model: nn.Module) -> Iterator[None]:
+def changes(model: nn.Module, begun: Sequence[str] | None = None) -> Iterator[None]:
     """Mark ``model`` as unusable if the block that changes it fails or is interrupted.
 
     The changes are not undone: some layers are adapted then, and a second :func:`attach` would adapt the others only.
     :func:`check_plain` and :func:`attachment` refuse a marked model.
+
+    Args:
+        model: model that is changed.
+        begun: names of the layers changed so far, which the block fills; as long as there are none, a second attempt
+            repeats everything that the block has done. None if any change counts.
     """
     try:
         yield
     except BaseException:  # Ctrl-C too
-        vars(model)[_HALF_CHANGED] = True
+        if begun is None or begun:
+            vars(model)[_HALF_CHANGED] = True
         raise
 
 

@@ -7,13 +7,10 @@ Such a parameter is identified by its name in the base model, and rows of it by 
 
 from __future__ import annotations
 
-import inspect
 import re
-import types
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -260,38 +257,22 @@ def call_in_autocast(model: nn.Module) -> None:
     """Call a 16-bit model under autocast from now on, where its caller does not: some of its own layers are in float32,
     and the next one takes 16 bits.
     """
-    vars(model)["forward"] = _ForwardInAutocast(model)
+    model.register_forward_pre_hook(_enter_autocast)
+    model.register_forward_hook(_leave_autocast, always_call=True)
 
 
-class _ForwardInAutocast:
-    """The ``forward`` of a model, under autocast.
+_CONTEXTS = "_mirrortune_contexts"  # attribute of a model that is being called
 
-    It takes the place of two hooks, because torch calls no hook after Ctrl-C: autocast would stay on.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)  # else the model would be part of a cycle, and outlive its last reference
-        self._own: Callable[..., Any] | None = vars(model).get("forward")  # accelerate's hooks put one there
+def _enter_autocast(module: nn.Module, _: object) -> None:
+    context = autocast(module)
+    context.__enter__()
+    vars(module).setdefault(_CONTEXTS, []).append(context)
 
-    def __getstate__(self) -> tuple[nn.Module | None, Callable[..., Any] | None]:
-        return self._model(), self._own
 
-    def __setstate__(self, state: tuple[nn.Module, Callable[..., Any] | None]) -> None:
-        self._model, self._own = weakref.ref(state[0]), state[1]
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # transformers reads the names of a model's inputs from it
-        return inspect.signature(self._forward())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        assert model is not None
-        with autocast(model):
-            return self._forward()(*args, **kwargs)
-
-    def _forward(self) -> Callable[..., Any]:
-        model: Any = self._model()
-        return self._own or types.MethodType(type(model).forward, model)
+def _leave_autocast(module: nn.Module, *_: object) -> None:
+    if contexts := vars(module).get(_CONTEXTS):  # none if another hook has raised before
+        contexts.pop().__exit__(None, None, None)
 
 
 def held_in(model: nn.Module) -> dict[str, nn.Parameter]:

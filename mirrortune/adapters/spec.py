@@ -154,23 +154,21 @@ def check_asked(spec: AdapterSpec) -> None:
 
 
 def _unused_errors(spec: AdapterSpec) -> list[ConfigError]:
-    """Return errors for settings of layers that a method without an adapter, or PEFT's tuners, would ignore."""
-    given: dict[str, Any] = {"split": spec.split or None}
-    if not spec.preset.is_adapter:
-        given |= {"strategy": spec.strategy}
-    elif spec.preset.peft is None:
-        return []
-    return [_no_such(spec, key, value) for key, value in given.items() if value is not None]
+    """Return errors for settings of layers that PEFT's tuners would ignore."""
+    return [_no_such(spec, "split", spec.split)] if spec.split and spec.preset.peft is not None else []
 
 
 def unused_targets(spec: AdapterSpec) -> str | None:
-    """Return a remark if ``target_modules`` has no effect, or None.
+    """Return a remark if settings of layers have no effect, or None.
 
-    It is no error: recipes set it for their adapters, and are trained with ``full`` and ``none`` to compare.
+    They are no error: recipes set them for their adapters, and are trained with ``full`` and ``none`` to compare.
     """
-    if spec.preset.is_adapter or spec.target_modules == AdapterSpec().target_modules:
+    is_default = spec.target_modules == AdapterSpec().target_modules
+    given = {"target_modules": not is_default, "split": bool(spec.split), "strategy": spec.strategy is not None}
+    if spec.preset.is_adapter or not any(given.values()):
         return None
-    return f"adapter.target_modules is not used: '{spec.method}' adapts no layers"
+    names = [f"adapter.{key}" for key, is_given in given.items() if is_given]
+    return f"not used, since '{spec.method}' adapts no layers: {', '.join(names)}"
 
 
 def _no_such(spec: AdapterSpec, key: str, value: object) -> ConfigError:

@@ -256,6 +256,17 @@ def test_a_model_that_a_load_has_left_half_changed_is_refused(tmp_path: Path, mo
         mirrortune.save_adapter(model, tmp_path / "again")
 
 
+def test_a_load_that_fails_before_the_first_layer_is_repeated_by_force(tmp_path: Path) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path / "adapter")
+    other = tiny_bert()
+    with torch.no_grad():
+        other.get_parameter("bert.encoder.layer.0.attention.self.query.weight").mul_(1.001)
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        mirrortune.load_adapter(other, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="by force"):
+        mirrortune.load_adapter(other, tmp_path / "adapter", force_base=True)
+
+
 def test_a_load_that_fails_after_the_embeddings_were_made_longer_is_not_repeated(tmp_path: Path) -> None:
     model = make_room(tiny_causal("Llama", num_hidden_layers=1), 272, 274)
     book = adapt(model, AdapterSpec(new_rows=(272, 274)), factor_source=FactorCache())

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-import pickle
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -251,43 +248,6 @@ def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
     with pytest.raises(InterruptedError):  # and no warning: the suite makes an error of it
         model(input_ids=torch.tensor([[5]]))
     assert not torch.is_autocast_enabled("cpu")
-
-
-def half_with_wide_norms() -> nn.Module:
-    model = tiny_causal("Llama").bfloat16()
-    spec = AdapterSpec(method="none", also_train=("norms",))
-    widen(model, spec.in_float32((), find_targets(model, spec).plain))
-    return attach(model, spec)
-
-
-def test_ctrl_c_in_a_forward_pass_leaves_autocast() -> None:
-    model = half_with_wide_norms()
-
-    def stop(*_: object) -> None:
-        assert torch.is_autocast_enabled("cpu")
-        raise KeyboardInterrupt
-
-    model.get_submodule("model.norm").register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        model(input_ids=torch.tensor([[5]]))
-    assert not torch.is_autocast_enabled("cpu")
-
-
-def test_a_model_that_enters_autocast_is_copied_compiled_and_read_like_any_other() -> None:
-    model = half_with_wide_norms()
-    ids = torch.tensor([[5, 6]])
-    expected = model(input_ids=ids).logits
-    plain = inspect.signature(tiny_causal("Llama").forward)
-    assert inspect.signature(model.forward) == plain
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            copied.get_parameter("model.norm.weight").zero_()  # it calls itself, not the first model
-            assert not copied(input_ids=ids).logits.any()
-    assert torch.equal(torch.compile(model, backend="eager")(input_ids=ids).logits, expected)
-    left = weakref.ref(model)
-    torch.compiler.reset()
-    del model
-    assert left() is None
 
 
 POOLER, HEADS = "bert.pooler.activation.1", "classifier.0"
