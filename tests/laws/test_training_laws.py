@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,12 +169,18 @@ def differences(a: Path, b: Path) -> list[str]:
     found += [str(path) for path in files[0] ^ files[1]]
     for path in files[0] & files[1]:
         if path.suffix != ".safetensors":
-            is_same = path.suffix != ".json" or (a / path).read_bytes() == (b / path).read_bytes()
+            is_same = path.suffix != ".json" or _decided(a / path) == _decided(b / path)
             found += [] if is_same else [str(path)]
             continue
         one, other = load_file(a / path), load_file(b / path)
         found += [f"{path}: {n}" for n in {*one} | {*other} if not _equal(one.get(n), other.get(n))]
     return sorted(found)
+
+
+def _decided(path: Path) -> Any:
+    content = json.loads(path.read_bytes())
+    times = {"train_seconds", "median_step_seconds"} if path.name == "state.json" else set()
+    return {key: value for key, value in content.items() if key not in times}
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
