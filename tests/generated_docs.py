@@ -128,20 +128,6 @@ def results(name: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
 
 
-def results_summary(name: str, *methods_shown: str) -> str:
-    """A few rows and columns of a comparison: score on test rows, difference to the first method, sizes."""
-    found = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
-    (task,) = found["tasks"].values()
-    cells = {
-        line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in results(name).splitlines()
-        if line.startswith("| `") and line.count("|") == 10
-    }
-    assert task["metric"] == "accuracy"
-    rows = ([cells[method][i] for i in (0, 3, 4, 5, 6)] for method in methods_shown)
-    return table(("method", "accuracy, test", "against mirror", "trained numbers", "adapter"), rows)
-
-
 def figures(name: str) -> str:
     """The figures of a bench, for light and dark pages, with their captions."""
     made = []
@@ -205,7 +191,6 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "method-options": method_options,
     "results": results,
     "figures": figures,
-    "results-summary": results_summary,
 }
 
 

@@ -110,7 +110,9 @@ def summary(found: Found) -> str:
     """Return the rows of ``COMPARED`` and the tasks that all of them have finished, in Markdown."""
     names = [name for model in ("text", "images") for name in complete_tasks(found, model)]
     heads = [f"{name}, {_METRICS.get(found[name]['metric'], found[name]['metric'])}" for name in names]
-    lines = [f"| method | trained numbers | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
+    models = {found[name]["model"] for name in names}
+    numbers = "trained numbers" if len(models) == 1 else "trained numbers, text and images"
+    lines = [f"| method | {numbers} | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
     for method in (own for own in COMPARED if own in methods_of(found)):
         cells = [_cell(found[name], method) for name in names]
         lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
