@@ -396,6 +396,7 @@ def task_from_dict(data: dict[str, Any]) -> Task:
     errors = option_errors(known, get_type_hints(found), owner=f"task '{data['kind']}'", where=where)
     if errors:
         raise VerificationError(where, "; ".join(map(str, errors)), fix="Restore the adapter folder")
+    known.pop("version", None)  # rows are tokenised by the present code, whichever wrote the file
     try:
         task = found(**known)
     except (TypeError, ValueError) as error:

@@ -252,3 +252,8 @@ def test_an_unknown_kind_names_the_nearest() -> None:
         ConfigError, match=r"^task\.kind: unknown kind of task 'regresion'\. Did you mean 'regression'\?"
     ):
         task_class("regresion")
+
+
+def test_a_task_of_an_earlier_version_is_read_by_the_present_code() -> None:
+    task = make("text-classification", table(["a", "b"]))
+    assert task_from_dict({**json.loads(json.dumps(task_to_dict(task))), "version": 0}) == task
