@@ -229,6 +229,8 @@ def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[
     known = contents(table)
     fitting = [known[n] for n in strings if n in known and known[n].may_be_text]
     others = [column for column in fitting if column.name.lower() not in _WEAK_TEXT_NAMES]
+    weak = next((known[lowered[n]].characters for n in _WEAK_TEXT_NAMES if lowered.get(n) in known), 0.0)
+    others = [column for column in others if column.characters >= weak]
     found = longest_text(fitting) or longest_text(others)
     if found is not None:
         return (found.name,), detected("text", found.name, found.why_text())

@@ -172,3 +172,14 @@ def test_a_description_is_the_text_before_a_title() -> None:
         "Description": [f"what happened in row {row}, in words of which there are a few more" for row in rows],
     })  # fmt: skip
     assert choose_columns(news, None, None, "news.csv")[:2] == (("Description",), "Class Index")
+
+
+@pytest.mark.parametrize("others", [["author"], ["venue", "author"]])
+def test_a_title_is_the_text_before_shorter_columns(others: list[str]) -> None:
+    rows = range(40)
+    papers = pa.table({
+        "title": [f"On the rank of adapters of language models, part {row}" for row in rows],
+        **{name: [f"the {name} of work {row}, B." for row in rows] for name in others},
+        "label": [row % 2 for row in rows],
+    })  # fmt: skip
+    assert choose_columns(papers, None, None, "papers.csv")[:2] == (("title",), "label")
