@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,15 +143,19 @@ def _with_ends(tokenizer: Any, ids: list[int], learned: list[bool], *, is_last: 
     """
     added = tokenizer.added_tokens_decoder
     ends = [i for i, flag in enumerate(learned, start=1) if flag and not any(learned[i : i + 1])]
-    open_ends = [end for end in ends if ids[end - 1] not in added]
-    known = turn_end_ids(tokenizer) if open_ends else []
-    for end in open_ends:
-        behind = end
+    for end in ends:
+        last, behind = end - 1, end
+        while last and learned[last - 1] and not tokenizer.decode(ids[last]).strip():
+            last -= 1
+        if ids[last] == tokenizer.eos_token_id or ids[last] in (known := turn_end_ids(tokenizer)):
+            continue
         while behind < len(ids) and ids[behind] not in known and not tokenizer.decode(ids[behind]).strip():
             behind += 1
         if behind < len(ids) and ids[behind] in known:
             learned[end : behind + 1] = [True] * (behind + 1 - end)
         elif is_last and end == ends[-1] and not any(i in added for i in ids[end:]):
+            if ids[last] in added and added[ids[last]].special:
+                continue  # another end, as after a call of a tool
             return [*ids, tokenizer.eos_token_id], [*learned[:end], *[True] * (len(ids) + 1 - end)]
     return ids, learned
 
@@ -274,15 +279,21 @@ def writes_tools(tokenizer: Any, talk: Conversation) -> bool:
 def turn_end_ids(tokenizer: Any) -> list[int]:
     """Return the ids that end an answer: the end token, and the added token that the template writes after answers."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys((*found, *_written_end(tokenizer, _template(tokenizer)))))
+
+
+@lru_cache(maxsize=1)
+def _written_end(tokenizer: Any, template: str) -> tuple[int, ...]:
+    """Return the id of the added token that the template writes after answers, if it writes one."""
     written = []
     for probe in _PROBES:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
         written.append(_apply(tokenizer, messages, Conversation(messages=messages), "chat template", tokenize=False))
-    if written[0] != written[1]:
-        behind = written[0][len(written[0]) - _in_common(written[0][::-1], written[1][::-1]) :]
-        ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-        found += [i for i in ids[:2] if i in tokenizer.added_tokens_decoder][:1]
-    return list(dict.fromkeys(found))
+    if written[0] == written[1]:
+        return ()
+    behind = written[0][len(written[0]) - _in_common(written[0][::-1], written[1][::-1]) :]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return tuple(i for i in ids[:2] if i in tokenizer.added_tokens_decoder)[:1]
 
 
 def save_turn_ends(tokenizer: Any, folder: Path) -> None:

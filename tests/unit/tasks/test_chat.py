@@ -72,6 +72,37 @@ def test_the_end_of_an_answer_is_learned_even_if_the_marks_leave_it_out(behind: 
     assert learned(tokenizer, encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")) == expected
 
 
+def test_an_end_and_a_line_break_inside_the_marks_are_not_learned_twice() -> None:
+    tokenizer = tiny_chat_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{{ '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    ids, mask = encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")
+    assert learned(tokenizer, (ids, mask)) == "42 – ja<|im_end|>\nYes <|im_end|>\n"
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+@pytest.mark.parametrize("behind", ["<|end|>", "<|im_end|>", ""])
+def test_a_token_that_ends_no_turn_leaves_the_answer_open(behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_chat_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}" + behind + "{% endfor %}"
+    )
+    tokenizer.add_tokens("</tool_call>")
+    talk = Conversation(messages=[TALK[1], {"role": "assistant", "content": "now()</tool_call>"}])
+    rendered: list[str] = []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *args, **options: rendered.append("") or render(*args, **options)
+    )
+    counts = []
+    for _ in range(3):
+        encoding = encode_conversation(tokenizer, talk, "row 1")
+        assert learned(tokenizer, encoding) == f"now()</tool_call>{behind or '<|im_end|>'}"
+        counts.append(len(rendered))
+    assert counts[0] - 2 == counts[1] - counts[0] == counts[2] - counts[1]  # the end of turns is looked up once
+
+
 def test_a_template_that_does_not_parse_is_not_blamed_on_the_rows() -> None:
     tokenizer = tiny_chat_tokenizer("{% for m in messages %}\n{{ m['content'] }")
     words = r"row 1: the model's chat template does not parse \(line 2: .*Correct chat_template\.jinja"
