@@ -102,7 +102,7 @@ class DataSet:
 
     def find(self, wanted: str) -> Split | None:
         """Return the split called ``wanted``, or by another common name of it; None if there is none."""
-        for name in (wanted, *SPLIT_NAMES.get(wanted, ())):
+        for name in (wanted, *_names_of(wanted)):
             if name in self.splits:
                 return self.splits[name]
         return None
@@ -122,8 +122,12 @@ class DataSet:
 
 def may_be_same_split(one: str, other: str) -> bool:
     """Return whether two names may stand for the same split, such as ``validation`` and ``dev``."""
-    names, others = ({name, *SPLIT_NAMES.get(name, ())} for name in (one, other))
-    return not names.isdisjoint(others)
+    return one == other or other in _names_of(one)
+
+
+def _names_of(split: str) -> tuple[str, ...]:
+    """Return the common names of the split with this name; empty if it is not a common one."""
+    return next((names for names in SPLIT_NAMES.values() if split in names), ())
 
 
 def load_data(

@@ -155,3 +155,7 @@ def test_splits_of_one_meaning_are_joined(first: list[str], second: list[str], j
     ]
     found = joined_data(parts, [lambda split: split] * 2, [1.0, 1.0], None)
     assert {name: split.table.num_rows for name, split in found.splits.items()} == joint
+    for name in {*first, *second}:
+        wanted = found.find(name)
+        assert wanted is not None
+        assert name in wanted.table.column("text").to_pylist()
