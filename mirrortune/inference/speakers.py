@@ -29,6 +29,7 @@ from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
 from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.chat import has_template
 
 _KIND = "causal-lm"
 _SAID = {
@@ -74,7 +75,7 @@ def _trained(target: str, folder: Path, settings: EvaluationSettings, reporter: 
     if found.note:
         reporter.note(found.note)
     reader, told = found.processor, task_to_dict(found.task)
-    wanted = _wanted(settings.task.given["format"], has_template=reader.tokenizer.chat_template is not None)
+    wanted = _wanted(settings.task.given["format"], has_template=has_template(reader.tokenizer))
     is_chat = reader.is_chat if wanted in ("auto", told["format"]) else wanted == "chat"
     layout: Form = told["layout"] if told["layout"] in ("prompt", "alpaca") else "text"
     system = str(told.get("system", "")) if is_chat else ""
@@ -106,7 +107,7 @@ def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: 
     if any(name.endswith("ForMaskedLM") for name in getattr(source.config, "architectures", None) or ()):
         raise ConfigError(target, "it fills masked words, and writes no text", allowed="a causal language model")
     tokenizer = load_tokenizer(source)
-    form = _form(recipe, has_template=tokenizer.chat_template is not None)
+    form = _form(recipe, has_template=has_template(tokenizer))
     if form == "chat" and recipe.task.format is None and recipe.data.path is not None:
         reporter.note(f"{_SAID['chat']}; if it was trained on prompts as plain text, set task.format=text")
     device = default_device()

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mirrortune.config.recipe import override_layer, resolve
-from mirrortune.inference.speakers import _form
+from mirrortune.inference.speakers import _form, load_speaker
+from mirrortune.system.console import Reporter
+from tests.tiny_models import write_tiny_causal
 
 _NAMED = "data.label_column=answer"
 
@@ -30,3 +34,9 @@ _NAMED = "data.label_column=answer"
 )
 def test_the_form_of_turns_follows_the_template_and_the_recipe(words: list[str], has_template: bool, form: str) -> None:
     assert _form(resolve([override_layer(words)]).recipe, has_template=has_template) == form
+
+
+def test_a_blank_template_is_none(tmp_path: Path) -> None:
+    model = write_tiny_causal(tmp_path / "blank", template="\n")
+    recipe = resolve([]).recipe
+    assert load_speaker(str(model), recipe, Reporter()).form == "text"
