@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import is_string, python_values, text_array
-from mirrortune.errors import ConfigError, DataError, MirrortuneError
+from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
 from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
 from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
 
@@ -228,6 +228,8 @@ class Parts:
     def _write(self, path: Path, write: Callable[[Path], None]) -> None:
         try:
             write_atomically(path, write)
+        except DataError:
+            raise  # the values do not fit the format
         except MirrortuneError as error:
             fix = "Free space or permit writing, then continue with --resume"
             raise type(error)(str(self.output), error.problem, fix=fix) from error
@@ -337,8 +339,11 @@ def check_united(schemas: Sequence[tuple[str, pa.Schema]]) -> None:
 
 
 def _are_alike(kind: pa.DataType, other: pa.DataType) -> bool:
-    are_numbers = pa.types.is_signed_integer(kind) and pa.types.is_signed_integer(other)
-    return bool(kind == other or are_numbers or (is_string(kind) and is_string(other)))
+    return bool(kind == other or (_is_number(kind) and _is_number(other)) or (is_string(kind) and is_string(other)))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
@@ -377,7 +382,13 @@ def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
         column = table.column(field.name)
         if column.type != field.type:
             is_empty = pa.types.is_null(column.type)
-            column = pa.nulls(table.num_rows, field.type) if is_empty else column.cast(field.type)
+            try:
+                column = pa.nulls(table.num_rows, field.type) if is_empty else column.cast(field.type)
+            except pa.ArrowInvalid as error:  # such as integers that a floating-point number cannot hold
+                raise DataError(
+                    f"column '{field.name}'", f"it cannot be {field.type} in all rows ({first_line(error)})",
+                    fix="Write a .csv or .jsonl file",
+                ) from error  # fmt: skip
         columns.append(column)
     return pa.table(columns, schema=schema)
 

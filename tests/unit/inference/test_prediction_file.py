@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mirrortune.data.files.arrow import json_array
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError, DataError, ResourceError
 from mirrortune.inference.prediction_file import (
     Parts,
     TableWriter,
     append_columns,
+    check_united,
     format_of,
     holds_predictions,
     new_names,
@@ -105,6 +106,16 @@ def test_parts_whose_columns_differ_are_joined(tmp_path: Path, name: str) -> Non
     assert [row["prediction"] for row in rows] == [empty, "yes", "no"]
     assert [row["own"] for row in rows] == [empty, empty, "d"]
     assert float(str(rows[2]["score"])) == 0.5
+
+
+def test_numbers_of_two_types_are_one_column_of_a_parquet_file(tmp_path: Path) -> None:
+    tables = [pa.table({"id": [1], "prediction": ["yes"]}), pa.table({"id": [1.5], "prediction": ["no"]})]
+    check_united([("a.csv", tables[0].schema), ("b.csv", tables[1].schema)])
+    parts_of(tmp_path / "a.parquet", tables).join(own=["id"], last="error")
+    assert pq.read_table(tmp_path / "a.parquet").column("id").to_pylist() == [1.0, 1.5]
+    tables[0] = pa.table({"id": [2**53 + 1], "prediction": ["yes"]})
+    with pytest.raises(DataError, match="column 'id': it cannot be double in all rows"):
+        parts_of(tmp_path / "b.parquet", tables).join(own=["id"], last="error")
 
 
 def test_only_what_predict_wrote_is_replaced(tmp_path: Path) -> None:
