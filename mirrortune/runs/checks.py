@@ -177,6 +177,7 @@ class RunSettings(EvaluationSettings):
         track: name of the experiment tracker, or None.
         output_dir: run directory, or None for the default.
         classes: treatment of imbalanced classes in training.
+        unused: remarks on settings that another one leaves without effect.
     """
 
     adapter: AdapterSpec
@@ -188,6 +189,7 @@ class RunSettings(EvaluationSettings):
     track: str | None
     output_dir: str | None
     classes: ClassSettings
+    unused: tuple[str, ...]
 
 
 def unpack(recipe: Recipe) -> RunSettings:
@@ -207,6 +209,7 @@ def unpack(recipe: Recipe) -> RunSettings:
         calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
         compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
         output_dir=recipe.output_dir, classes=ClassSettings(**_common(ClassSettings, section)),
+        unused=_unused_remarks(recipe),
     )  # fmt: skip
 
 
@@ -304,7 +307,6 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     if recipe.data.validation_column_names and recipe.data.validation_path is None:
         fix = "Set data.validation_path, or remove it"
         errors.append(ConfigError("data.validation_column_names", "no other data set has the validation rows", fix=fix))
-    errors += _idle_settings(recipe)
     errors += problems_of_names(recipe, spec)
     if recipe.adapter.form == "compact" and spec.method in method_names() and spec.basis == "gradient":
         errors.append(no_compact_form(spec.method))
@@ -365,19 +367,22 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
     return errors
 
 
-def _idle_settings(recipe: Recipe) -> list[ConfigError]:
-    """Return errors for settings that another setting leaves without effect."""
+def _unused_remarks(recipe: Recipe) -> tuple[str, ...]:
+    """Return remarks on settings that another setting leaves without effect.
+
+    They are no errors: runs of earlier versions hold them, and ``compare`` trains methods that do not use them.
+    """
     data, adapter, train = recipe.data, recipe.adapter, recipe.train
-    idle = [
-        ("data", data, "shuffle_buffer", not data.streaming, "rows are not streamed", "or set data.streaming=true"),
-        ("train", train, "also_train_lr", not adapter.also_train, "adapter.also_train is empty", "or set that"),
-        ("train", train, "warmup_ratio", train.warmup_steps is not None, "train.warmup_steps is set", "or that"),
+    unused = [
+        ("data", data, "shuffle_buffer", not data.streaming, "rows are not streamed"),
+        ("train", train, "also_train_lr", not adapter.also_train, "adapter.also_train is empty"),
+        ("train", train, "warmup_ratio", train.warmup_steps is not None, "train.warmup_steps is set"),
     ]
-    return [
-        ConfigError(f"{name}.{key}", f"{why}, got {getattr(section, key)}", fix=f"Remove it, {fix}")
-        for name, section, key, is_idle, why, fix in idle
-        if is_idle and getattr(section, key) != type(section).model_fields[key].default
-    ]
+    return tuple(
+        f"{name}.{key} is not used: {why}"
+        for name, section, key, is_unused, why in unused
+        if is_unused and getattr(section, key) != type(section).model_fields[key].default
+    )
 
 
 def check_noise(recipe: Recipe) -> None:

@@ -362,7 +362,7 @@ def _fit(
         ResourceError: the run does not fit on the device or on the disks.
     """
     plan, loop = base.plan, settings.loop
-    for line in filter(None, (*plan.lines(), unused_targets(base.spec))):
+    for line in filter(None, (*plan.lines(), *settings.unused, unused_targets(base.spec))):
         reporter.note(line)
     if stored_as := plan.stored_as(settings.form, base.dtype):
         reporter.note(stored_as)

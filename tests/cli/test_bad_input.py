@@ -311,12 +311,6 @@ BAD: dict[str, Bad] = {
     "a share of no decay": setting("train.decay_ratio=0.5", "train.decay_ratio: linear has none, got 0.5. Remove it"),
     "a class called 1": setting('--class-weights "{1: 3}"', """a key must be text, got '1'. Quote it: "1"."""),
     "one decay rate of two": setting("train.betas=[0.9]", "Allowed: a list of two numbers from 0 to below 1, such as"),
-    "settings without effect": setting(
-        "data.shuffle_buffer=9 train.also_train_lr=0.5 train.warmup_ratio=0.5 train.warmup_steps=3",
-        "data.shuffle_buffer: rows are not streamed, got 9. Remove it, or set data.streaming=true",
-        "train.also_train_lr: adapter.also_train is empty, got 0.5. Remove it, or set that",
-        "train.warmup_ratio: train.warmup_steps is set, got 0.5. Remove it, or that",
-    ),
     "one class alone": setting("task.labels=[good]", "task.labels: got ['good']. Allowed: two classes or more."),
     "one class twice": setting("task.labels=[bad,bad,good]", "got ['bad', 'bad', 'good']. Allowed: names that are"),
     "bounds upside down": setting("eval.prediction_bounds=[3,1]", "got [3, 1]. Allowed: two numbers, the lower one"),

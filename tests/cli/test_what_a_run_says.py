@@ -45,6 +45,25 @@ def test_the_form_of_the_adapter_is_said_where_it_is_chosen(desk: Path) -> None:
     assert "(portable form, with its bases: adapter.form=compact leaves them out) in run/adapter" in trained.stdout
 
 
+def test_settings_without_effect_are_noted_and_refuse_no_run(desk: Path) -> None:
+    words = ["-m", write_tiny_model(desk / "bert"), "-t", "text-classification", "-d", "reviews.csv", "--dry-run"]
+    unused = ["data.shuffle_buffer=9", "train.also_train_lr=0.5", "train.warmup_ratio=0.5", "train.warmup_steps=3"]
+
+    noted = mirrortune("prepare", *words, *unused)
+    used = mirrortune(
+        "prepare", *words, "adapter.also_train=[norms]", "train.also_train_lr=0.5", "train.warmup_ratio=0.5"
+    )
+
+    assert (noted.exit_code, used.exit_code) == (0, 0), noted.said + used.said
+    for remark in (
+        "data.shuffle_buffer is not used: rows are not streamed",
+        "train.also_train_lr is not used: adapter.also_train is empty",
+        "train.warmup_ratio is not used: train.warmup_steps is set",
+    ):
+        assert remark in noted.stderr
+    assert "is not used" not in used.stderr
+
+
 def test_partial_folders_are_not_listed_as_files(desk: Path) -> None:
     (desk / ".merged.abc.partial").mkdir()
     model = write_tiny_model(desk / "bert")
