@@ -46,10 +46,19 @@ class AnsweredExamples(TokenExamples):
         return self.features["input_ids"][start : start + place].astype(np.int64)
 
     @torch.no_grad()
-    def generate(self, model: Any, rows: Rows) -> list[str]:
-        """Generate answers to the prompts of ``rows`` greedily; they do not depend on the other rows of the batch."""
+    def generate(self, model: Any, rows: Rows, *, at_once: bool = False) -> list[str]:
+        """Generate answers to the prompts of ``rows`` greedily.
+
+        Args:
+            model: a causal language model.
+            rows: indices of the rows, (B,).
+            at_once: call the model's ``generate`` once, as the processes of a sharded model must, with the maximum
+                length that suits all rows; otherwise answers do not depend on the other rows of the batch.
+        """
         prompts = {row: self.prompt(row) for row in rows.tolist()}
         room = {row: self._room(model, len(prompt)) for row, prompt in prompts.items()}
+        if at_once:
+            room = dict.fromkeys(room, min(room.values()))
         found: dict[int, str] = {}
         for most in sorted({*room.values()}):  # a single value, unless prompts come close to the model's maximum length
             here = [row for row in prompts if room[row] == most]

@@ -73,9 +73,19 @@ class PromptExamples(TokenExamples):
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def generate(self, model: Any, rows: Rows, around: Around = unchanged) -> list[Written]:
-        """Generate a text for each of the given rows; it does not depend on the other rows of the batch."""
+    def generate(self, model: Any, rows: Rows, around: Around = unchanged, *, at_once: bool = False) -> list[Written]:
+        """Generate a text for each of the given rows.
+
+        Args:
+            model: a language model.
+            rows: indices of the rows, (B,).
+            around: makes the context in which the model runs.
+            at_once: call the model's ``generate`` once, as the processes of a sharded model must, with the maximum
+                length that suits all rows; otherwise texts do not depend on the other rows of the batch.
+        """
         room = self._room(model, rows)
+        if at_once:
+            room[:] = room.min()
         found: dict[int, Written] = {}
         for most in np.unique(room):  # a single value, unless prompts come close to the model's maximum length
             here = rows[room == most]

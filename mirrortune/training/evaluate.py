@@ -170,15 +170,17 @@ def _score(
 ) -> tuple[list[Any], float, int]:
     # The task converts logits over a vocabulary to float32 piece by piece, to save memory.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
-    with unconverted, Sharding.of(accelerator).autocast():
+    sharding = Sharding.of(accelerator)
+    # The ranks of a sharded model must generate together: equally often, and even those without rows.
+    own, at_once = rows if len(rows) else np.zeros(1, dtype=np.int64), sharding.shards_weights
+    with unconverted, sharding.autocast():
         if isinstance(examples, PromptExamples):
-            return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64), around), 0.0, 0
+            return examples.generate(model, own, around, at_once=at_once), 0.0, 0
         with around(rows, next(len(v) for k, v in batch.items() if isinstance(v, Tensor) and k != "targets")):
             inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = list(task.judge(model, inputs, outputs, targets))
         if isinstance(examples, AnsweredExamples):
-            # The ranks of a sharded model must generate together, even those without rows.
-            written = examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64))
+            written = examples.generate(model, own, at_once=at_once)
             judged = list(zip(judged, written, strict=True))
     if examples.num_unlabelled or isinstance(task, ComparesRows):
         return judged, 0.0, 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,12 @@ import pytest
 from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
 from mirrortune.tasks.kinds.causal_lm import Task, TextReader
+from mirrortune.training.evaluate import evaluate_split
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
+from tests.tiny_runs import make_accelerator
 
 ROWS = [
     ("a film", "so 2\n#### 2"), ("the music was good and the cast was great fun", "#### 1,000"), ("plot", "#### -3"),
@@ -51,6 +55,22 @@ def test_a_long_prompt_leaves_the_answers_of_others_their_length() -> None:
     together = examples.generate(model, np.arange(2))
     assert together == [examples.generate(model, np.array([row]))[0] for row in range(2)]
     assert len(together[0]) > len(together[1])
+
+
+def test_a_sharded_model_generates_once_for_the_rows_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks have prompts of other lengths, and wait for one another in each call."""
+    model = tiny_causal("Llama").eval()
+    task, examples = encoded([ROWS[0], ROWS[1]], format="text")
+    model.config.max_position_embeddings = len(examples.prompt(1)) + 1
+    generate = Mock(wraps=model.generate)
+    monkeypatch.setattr(model, "generate", generate)
+    accelerator = make_accelerator()
+    evaluate_split(model, task, examples, accelerator, source="rows", batch_size=2)
+    assert [call.kwargs["max_new_tokens"] for call in generate.call_args_list] == [1, 8]
+    generate.reset_mock()
+    monkeypatch.setattr(Sharding, "shards_weights", True)
+    evaluate_split(model, task, examples, accelerator, source="rows", batch_size=2)
+    assert [call.kwargs["max_new_tokens"] for call in generate.call_args_list] == [1]
 
 
 def test_the_prompt_ends_where_the_answer_begins() -> None:

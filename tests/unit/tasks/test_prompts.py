@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.kinds.causal_lm import Task, TextReader
 from mirrortune.tasks.predicting import PredictOptions
 from mirrortune.training.evaluate import evaluate_split, judge_split
@@ -147,6 +149,22 @@ def test_a_prompt_near_the_last_position_leaves_the_others_their_length(family: 
     assert [examples.generate(model, np.array([row]))[0] for row in range(3)] == together
     lengths = [len(written.ids) for written in together if not written.is_finished]
     assert max(lengths, default=40) == 40
+
+
+def test_a_sharded_model_generates_once_for_the_prompts_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "the film " * 25}, {"prompt": "a film"}]
+    task, reader = task_of([{**row, "completion": "so"} for row in rows])
+    examples, model = prompts(rows, task, reader, max_new_tokens=40), tiny_causal().eval()
+    model.config.max_position_embeddings = int(examples.offsets[1]) + 1
+    generate = Mock(wraps=model.generate)
+    monkeypatch.setattr(model, "generate", generate)
+    accelerator = make_accelerator()
+    judge_split(model, task, examples, accelerator, batch_size=2)
+    assert [call.kwargs["max_new_tokens"] for call in generate.call_args_list] == [1, 40]
+    generate.reset_mock()
+    monkeypatch.setattr(Sharding, "shards_weights", True)
+    judge_split(model, task, examples, accelerator, batch_size=2)
+    assert [call.kwargs["max_new_tokens"] for call in generate.call_args_list] == [1]
 
 
 def test_an_answer_says_whether_it_was_finished() -> None:
