@@ -154,6 +154,8 @@ def check_same_data(
     before, now = dict(_leaves(known["data"])), dict(_leaves(json.loads(json.dumps(job.data_origin))))
     if not any(key[0] == "media" for key in before):  # not recorded by older versions
         now = {key: value for key, value in now.items() if key[0] != "media"}
+    if job.settings.data.streaming:  # older versions did not record the split of a streamed hf://owner/name:split
+        now = {key: value for key, value in now.items() if key in before or key[-1] != "split"}
     changes = [_change(key, before, now) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changes:
         fix = f"Restore the data, or {otherwise}"
