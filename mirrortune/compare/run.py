@@ -271,10 +271,13 @@ class Comparison:
         before = read_saved_recipe(path)
         changed = _changed(before.model_dump(), self.recipes[task].model_dump())
         if changed:
+            # Earlier versions reported the test split by themselves also where it chooses the checkpoint.
+            was, now = before.eval.report_splits, self.recipes[task].eval.report_splits
+            again = f": eval.report_splits=[{','.join(was)}]" if was and was != now else ""
             raise ConfigError(
                 str(self.root),
                 f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
-                fix="Choose another folder with -o, or use the same settings",
+                fix=f"Choose another folder with -o, or use the same settings{again}",
             )
 
     def _check_labels(self, task: str) -> None:

@@ -16,7 +16,7 @@ from mirrortune.compare.grid import Cell, make_grid
 from mirrortune.compare.run import Comparison, with_test_split
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import DataError, DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.errors import ConfigError, DataError, DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.runs.checks import unpack
 from mirrortune.system.console import Reporter
 from mirrortune.system.run_directory import LoopState, RunDirectory
@@ -168,3 +168,13 @@ def test_rows_that_train_or_choose_are_no_test_rows(
     recipe = resolve([override_layer(words)]).recipe
     job = Mock(settings=unpack(recipe))
     assert with_test_split(recipe, job).eval.report_splits == reported
+
+
+def test_a_comparison_that_reported_other_splits_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "data.yaml").write_text("eval:\n  report_splits: [test]\n")
+    with pytest.raises(ConfigError, match=r"or use the same settings: eval\.report_splits=\[test\]"):
+        comparison(tmp_path)._check_recipe("data")
+    (tmp_path / "recipes" / "data.yaml").write_text("train:\n  epochs: 9\n")
+    with pytest.raises(ConfigError, match=r"or use the same settings\.?$"):
+        comparison(tmp_path)._check_recipe("data")
