@@ -135,14 +135,13 @@ def as_asked(spec: AdapterSpec) -> AdapterSpec:
 
 
 def check_asked(spec: AdapterSpec) -> None:
-    """Check what only a user can correct: that :func:`as_asked` can use the rank, and that the method uses the settings
-    that choose and split layers. Adapters of earlier versions may hold settings that their method does not use.
+    """Check what only a user can correct: that :func:`as_asked` can use the rank, and that PEFT's tuners get no split.
 
     Raises:
-        ConfigError: the rank is not an integer, or the option that it sets is given as well; or a setting is unused.
+        ConfigError: the rank is not an integer, or the option that it sets is given as well; or layers are to be split.
     """
-    if errors := _unused_errors(spec):
-        raise ConfigError.several(errors)
+    if spec.split and spec.preset.peft is not None:
+        raise _no_such(spec, "split", spec.split)
     option = spec.preset.rank_option
     if option is None or spec.rank is None:
         return
@@ -153,12 +152,7 @@ def check_asked(spec: AdapterSpec) -> None:
     )
 
 
-def _unused_errors(spec: AdapterSpec) -> list[ConfigError]:
-    """Return errors for settings of layers that PEFT's tuners would ignore."""
-    return [_no_such(spec, "split", spec.split)] if spec.split and spec.preset.peft is not None else []
-
-
-def unused_targets(spec: AdapterSpec) -> str | None:
+def unused_layer_settings(spec: AdapterSpec) -> str | None:
     """Return a remark if settings of layers have no effect, or None.
 
     They are no error: recipes set them for their adapters, and are trained with ``full`` and ``none`` to compare.

@@ -12,7 +12,14 @@ from mirrortune.adapters.files.adapter_file import no_compact_form
 from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.methods import method_names, preset
 from mirrortune.adapters.peft_bridge.options import check_options
-from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec, needs_saliency
+from mirrortune.adapters.spec import (
+    AdapterSpec,
+    as_asked,
+    check_asked,
+    check_spec,
+    needs_saliency,
+    unused_layer_settings,
+)
 from mirrortune.config.recipe import Resolved
 from mirrortune.config.schema import Recipe, SourceSection
 from mirrortune.data.dataset import Split
@@ -209,7 +216,7 @@ def unpack(recipe: Recipe) -> RunSettings:
         calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
         compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
         output_dir=recipe.output_dir, classes=ClassSettings(**_common(ClassSettings, section)),
-        unused=_unused_remarks(recipe),
+        unused=_unused_remarks(recipe, spec),
     )  # fmt: skip
 
 
@@ -367,8 +374,8 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
     return errors
 
 
-def _unused_remarks(recipe: Recipe) -> tuple[str, ...]:
-    """Return remarks on settings that another setting leaves without effect.
+def _unused_remarks(recipe: Recipe, spec: AdapterSpec) -> tuple[str, ...]:
+    """Return remarks on settings that another setting, or the method, leaves without effect.
 
     They are no errors: runs of earlier versions hold them, and ``compare`` trains methods that do not use them.
     """
@@ -378,11 +385,12 @@ def _unused_remarks(recipe: Recipe) -> tuple[str, ...]:
         ("train", train, "also_train_lr", not adapter.also_train, "adapter.also_train is empty"),
         ("train", train, "warmup_ratio", train.warmup_steps is not None, "train.warmup_steps is set"),
     ]
-    return tuple(
+    found = [
         f"{name}.{key} is not used: {why}"
         for name, section, key, is_unused, why in unused
         if is_unused and getattr(section, key) != type(section).model_fields[key].default
-    )
+    ]
+    return tuple(filter(None, (*found, unused_layer_settings(spec))))
 
 
 def check_noise(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from mirrortune.adapters.spec import AdapterSpec, unused_targets
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.draws import (
     SourceDraws,
@@ -362,7 +362,7 @@ def _fit(
         ResourceError: the run does not fit on the device or on the disks.
     """
     plan, loop = base.plan, settings.loop
-    for line in filter(None, (*plan.lines(), *settings.unused, unused_targets(base.spec))):
+    for line in (*plan.lines(), *settings.unused):
         reporter.note(line)
     if stored_as := plan.stored_as(settings.form, base.dtype):
         reporter.note(stored_as)

@@ -291,7 +291,11 @@ def trained_factors(
         distance = effect_error(effect(factors, stored_core(adapter, name, factors.S)), expected)
         # The adapter may have no effect on the directions that could not be aligned.
         limit = EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE
-        doubt = None if distance <= limit else doubt or _other_effect(name, distance, limit)
+        doubt = (
+            None
+            if distance <= limit
+            else doubt or _other_effect(name, distance, limit, is_stored=adapter.form == "portable")
+        )
     if doubt is not None:
         doubts.append(doubt)
     if remarks is None and doubts:
@@ -371,8 +375,7 @@ def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
     return Factors(U=U, S=factors.S, Vh=Vh)
 
 
-def _other_effect(name: str, error: float, limit: float) -> VerificationError:
-    is_stored = limit == EXACT_EFFECT_TOLERANCE
+def _other_effect(name: str, error: float, limit: float, *, is_stored: bool) -> VerificationError:
     return VerificationError(
         name,
         f"the adapter changes this weight differently than when it was saved: its effect differs by {error:.1e}",

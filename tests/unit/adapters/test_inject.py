@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import (
     spectral_layers,
     trainable_parameters,
 )
-from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs, unused_targets
+from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs, unused_layer_settings
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
 from tests.spectral import relative, train_a_little
@@ -309,9 +309,9 @@ def test_settings_of_layers_are_remarked_where_none_is_adapted() -> None:
     asked = AdapterSpec(method="full", target_modules="query", split={"c_attn": 3}, strategy="dense")
     check_asked(asked)  # a recipe for adapters is trained with other methods to compare
     said = "not used, since 'full' adapts no layers: adapter.target_modules, adapter.split, adapter.strategy"
-    assert unused_targets(asked) == said
-    assert unused_targets(AdapterSpec(method="full")) is None
-    assert unused_targets(AdapterSpec(target_modules="query")) is None
+    assert unused_layer_settings(asked) == said
+    assert unused_layer_settings(AdapterSpec(method="full")) is None
+    assert unused_layer_settings(AdapterSpec(target_modules="query")) is None
 
 
 def test_layers_that_a_model_calls_through_a_list_are_adapted_where_they_are() -> None:

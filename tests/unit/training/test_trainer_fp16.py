@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +119,22 @@ def test_a_step_that_overflows_moves_nothing_but_the_scale(tmp_path: Path, value
     assert result.global_step == 6
 
 
+def break_losses(trainer: Any, is_broken: Callable[[int], bool]) -> None:
+    """Make the losses of some batches infinite, by the number of the call, from 1."""
+    task, calls = trainer.task, itertools.count(1)
+
+    class Breaking:
+        def loss(self, inputs: Any, outputs: Any, targets: Any) -> Any:
+            loss, items = task.loss(inputs, outputs, targets)
+            return (loss * math.inf if is_broken(next(calls)) else loss), items
+
+    trainer.stepper.objective = Objective(Breaking())
+
+
 def test_a_loss_that_is_not_finite_is_left_out_too(tmp_path: Path) -> None:
     """An activation may exceed float16's largest number in one batch and in no other."""
     trainer = make_trainer(tmp_path, max_steps=4)
-    task, calls = trainer.task, []
-
-    class Once:
-        def loss(self, inputs: Any, outputs: Any, targets: Any) -> Any:
-            calls.append(1)
-            loss, items = task.loss(inputs, outputs, targets)
-            return (loss * math.inf if len(calls) == 2 else loss), items
-
-    trainer.stepper.objective = Objective(Once())
+    break_losses(trainer, lambda call: call == 2)
     result = trainer.fit()
     assert result.skipped_steps == 1
     assert [e["step"] for e in logged(tmp_path)] == [1, 3, 4]  # a window without a finite loss has no line
@@ -138,15 +143,7 @@ def test_a_loss_that_is_not_finite_is_left_out_too(tmp_path: Path) -> None:
 def test_a_sweep_ends_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     """The step is skipped, so that no parameter breaks: the sweep must not go on with the loss before."""
     trainer = make_trainer(tmp_path, lr=1.0)
-    task, calls = trainer.task, []
-
-    class Breaking:
-        def loss(self, inputs: Any, outputs: Any, targets: Any) -> Any:
-            calls.append(1)
-            loss, items = task.loss(inputs, outputs, targets)
-            return (loss * math.inf if len(calls) > 5 else loss), items
-
-    trainer.stepper.objective = Objective(Breaking())
+    break_losses(trainer, lambda call: call > 5)
     assert len(sweep_rates(trainer, lr=3e-2, num_steps=12, on_step=lambda: None).losses) == 5
 
 
