@@ -72,8 +72,8 @@ def _trained(target: str, folder: Path, settings: EvaluationSettings, reporter: 
         raise _no_language_model(target, str(task.get("kind")))
     request = replace(settings.task, kind=None, given={})
     found = load_evaluable(target, folder, replace(settings, task=request), DataSet(splits={}))
-    if found.note:
-        reporter.note(found.note)
+    for note in found.notes:
+        reporter.note(note)
     reader, told = found.processor, task_to_dict(found.task)
     wanted = _wanted(settings.task.given["format"], has_template=has_template(reader.tokenizer))
     is_chat = reader.is_chat if wanted in ("auto", told["format"]) else wanted == "chat"

@@ -32,7 +32,8 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
-from mirrortune.tasks.base import Answers, Task, check_columns, labels_of, reading_like, with_label_columns
+from mirrortune.tasks.base import Answers, Task, check_columns, reading_like, with_label_columns
+from mirrortune.tasks.classes import classes_of
 from mirrortune.training.evaluate import evaluate_split
 
 _HEADER = "index\tprediction"
@@ -187,7 +188,7 @@ def load_target(
     remarks: list[str] | None = [] if force_base else None
     found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks, is_labelled=is_labelled)
     by_force = (f"by force: {remark}" for remark in remarks or ())
-    for note in (*by_force, *filter(None, [found.note])):
+    for note in (*by_force, *found.notes):
         reporter.note(note)
     return found
 
@@ -230,7 +231,7 @@ def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, 
 
 def _answer_names(task: Task, settings: EvalSettings) -> tuple[str, ...] | None:
     """Return the class names to write, or None to write indices."""
-    return labels_of(task) or None if settings.prediction_labels == "names" else None
+    return classes_of(task) or None if settings.prediction_labels == "names" else None
 
 
 def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:

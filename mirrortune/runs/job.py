@@ -49,7 +49,8 @@ from mirrortune.runs.size import Plan, attach_empty, make_plan
 from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
-from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns
+from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns, labels_of
+from mirrortune.tasks.classes import with_outputs
 from mirrortune.tasks.objective import Objective, make_objective
 from mirrortune.training.optim import check_matrices, moments_per_number
 
@@ -157,6 +158,9 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     )
     source = _with_new_tokens(settings.data.add_tokens, source, rows.task, reporter)
     task, notes = rows.task.for_model(source)
+    if _has_head(source, task):
+        task, more = with_outputs(task, source.config, is_given=settings.task.labels is not None)
+        notes = [*notes, *more]
     for text in notes:
         reporter.note(text)
     rows = replace(rows, task=task)
@@ -179,6 +183,13 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         eval_max_positions=eval_max_positions, duplicated_rows=duplicated, objective=objective,
         samples=samples, draws=draws, sources=sources,
     )  # fmt: skip
+
+
+def _has_head(source: ModelSource, task: Task) -> bool:
+    """Return whether the checkpoint has a head of the task's kind and size, which training continues."""
+    names, outputs = getattr(source.config, "architectures", None) or (), getattr(source.config, "num_labels", None)
+    kind = task.auto_class.removeprefix("AutoModel")
+    return len(labels_of(task)) == outputs and any(str(name).endswith(kind) for name in names)
 
 
 def _with_new_tokens(tokens: tuple[str, ...], source: ModelSource, task: Task, reporter: Reporter) -> ModelSource:

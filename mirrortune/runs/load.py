@@ -26,7 +26,7 @@ from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, DataError
 from mirrortune.merging.bases import load_adapted, load_unadapted
 from mirrortune.models.gaps import describe_missing
 from mirrortune.models.load import (
@@ -62,20 +62,20 @@ from mirrortune.tasks.base import (
     task_from_dict,
     with_columns,
 )
-from mirrortune.tasks.classes import OneOfClasses
+from mirrortune.tasks.classes import OneOfClasses, output_names, with_outputs
 from mirrortune.tasks.metrics import KINDS_OWN
 from mirrortune.training.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluable:
-    """A model with its task; ``note`` tells the user if it computes in another precision than it is stored in."""
+    """A model with its task, and notes for the user."""
 
     model: nn.Module
     task: Task
     processor: Any
     max_length: int | None
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +344,8 @@ def load_evaluable(
         place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
     )
     make_task = _plain_task if is_labelled else _unlabelled_task
-    task, _ = make_task(settings, data, source.config).for_model(source)
+    made, notes = make_task(settings, data, source.config)
+    task, _ = made.for_model(source)
     processor = task.load_processor(source)
     dtype = resolve_dtype(request.dtype, source.config, default_device())
     loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
@@ -356,8 +357,8 @@ def load_evaluable(
             fix="Evaluate a run directory, a merged folder or a fine-tuned model",
         )
     max_length = task.resolve_length(settings.data.max_length, processor, source.config)
-    note = describe_widening(request.dtype, source.config, default_device())
-    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, note=note)
+    notes += filter(None, [describe_widening(request.dtype, source.config, default_device())])
+    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, notes=tuple(notes))
 
 
 def _load_run(
@@ -388,13 +389,14 @@ def _of_adapter(
     adapter: AdapterFile, source: ModelSource, task: Task, settings: EvaluationSettings, load: Callable[..., nn.Module]
 ) -> Evaluable:
     """Load the base of an adapter, with or without it, and widen it to float32 if 16 bits are slow here."""
-    processor, note = task.load_processor(source), None
+    processor, notes = task.load_processor(source), tuple[str, ...]()
     model = load(adapter, source, task, pad_token_id(processor))
     if not source.is_quantised and is_slow(DTYPES[adapter.base["dtype"]], default_device()):
-        model, note = model.float(), "computing in float32: the run was trained in 16 bits, in which this CPU is slow"
+        model = model.float()
+        notes = ("computing in float32: the run was trained in 16 bits, in which this CPU is slow",)
     asked = settings.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
-    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, note=note)
+    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, notes=notes)
 
 
 def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings) -> Evaluable:
@@ -427,16 +429,10 @@ def task_of_run(stored: dict[str, Any], request: TaskRequest, *, to_predict: boo
     return with_columns(task_from_dict(stored), request.columns, to_predict=to_predict)
 
 
-def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
-    """Create the task of a plain model, with class names in the order of the model's configuration if it has any."""
-    task: Task = data.task or settings.task.make(any_split(settings.data, data))[0]
-    id2label = getattr(config, "id2label", None) or {}
-    names = tuple(str(id2label[i]) for i in sorted(id2label))
-    is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
-    found = labels_of(task)
-    # Only if the data has the same names: the model may call "positive" what the data calls "1".
-    if settings.task.labels is None and is_named and found and set(found) <= set(names):
-        task = replace(task, labels=names)  # type: ignore[type-var]
+def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> tuple[Task, list[str]]:
+    """Create the task of a plain model, with classes in the order of the model's outputs; return it with notes."""
+    task = data.task or _of_few_classes(settings.task, any_split(settings.data, data), output_names(config))
+    task, notes = with_outputs(task, config, is_given=settings.task.labels is not None)
     outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")
     if wanted is not None and outputs != wanted:
         raise ConfigError(
@@ -444,7 +440,17 @@ def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Tas
             f"the model has {outputs} outputs, the task has {wanted}",
             fix="Use the data it was trained for, or set task.labels",
         )
-    return task
+    return task, notes
+
+
+def _of_few_classes(request: TaskRequest, rows: Split, names: tuple[str, ...]) -> Task:
+    """Create the task from rows that may all be of one class, if the model names its classes."""
+    try:
+        return request.make(rows)[0]
+    except DataError:
+        if request.labels is not None or not names:
+            raise
+        return request.make(rows, labels=names)[0]
 
 
 def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
@@ -468,13 +474,13 @@ def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
     return with_columns(task, named, to_predict=True), [note for note in notes if not note.startswith("the loss is on")]
 
 
-def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
-    """Create the task of a plain model for rows without targets, with the classes of the model's configuration."""
+def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> tuple[Task, list[str]]:
+    """Create the task of a plain model for rows without targets, with the classes of its configuration; no notes."""
     id2label = getattr(config, "id2label", None) or {}
     labels = settings.task.labels or tuple(str(id2label[i]) for i in sorted(id2label))
     has_several = getattr(config, "problem_type", None) == "multi_label_classification"
     request = replace(settings.task, labels=labels)
-    return _make_unlabelled(request, any_split(settings.data, data), has_several=has_several)[0]
+    return _make_unlabelled(request, any_split(settings.data, data), has_several=has_several)[0], []
 
 
 def _make_unlabelled(request: TaskRequest, rows: Split, *, has_several: bool) -> tuple[Task, list[str]]:

@@ -26,8 +26,8 @@ from mirrortune.system.console import Reporter, digits
 from mirrortune.system.devices import memory_bytes
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import ComparesRows, labels_of
-from mirrortune.tasks.classes import class_scores
+from mirrortune.tasks.base import ComparesRows
+from mirrortune.tasks.classes import class_scores, classes_of, data_order
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker
@@ -169,16 +169,16 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
     the lengths and class counts of both splits.
     """
     references, predictions = outcome.references, outcome.predictions
-    labels = labels_of(job.task)
+    labels = classes_of(job.task)
     found: dict[str, Any] = {"lengths": _lengths(job)}
     if each := class_scores(job.task, predictions, references):
         found["per_class"] = each
     if not isinstance(predictions, np.ndarray) or predictions.ndim != 1 or np.shape(references) != predictions.shape:
         return found
     if labels and np.issubdtype(predictions.dtype, np.integer):
-        size = len(labels)
-        losses = _surprise(outcome.judged, references)
-        counts = {"train": _counts(job.train, size), "validation": np.bincount(references, minlength=size).tolist()}
+        size, order = len(labels), data_order(job.task)
+        losses = _surprise(np.stack(outcome.judged)[:, order], references)
+        counts = {"train": _counts(job.train, order), "validation": np.bincount(references, minlength=size).tolist()}
         answers = [(labels[r], labels[p]) for r, p in zip(references.tolist(), predictions.tolist(), strict=True)]
         found |= {"labels": list(labels), "classes": counts}
         if size <= _MOST_CLASSES:
@@ -202,16 +202,17 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
     return found
 
 
-def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _surprise(logits: npt.NDArray[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the cross-entropy of each row, shape (N,), from logits (N, C)."""
-    logits = torch.from_numpy(np.stack(judged)).double()
-    losses = nn.functional.cross_entropy(logits, torch.from_numpy(references), reduction="none")
+    losses = nn.functional.cross_entropy(
+        torch.from_numpy(logits).double(), torch.from_numpy(references), reduction="none"
+    )
     return np.asarray(losses.numpy())
 
 
-def _counts(examples: Examples, size: int) -> list[int] | None:
+def _counts(examples: Examples, order: npt.NDArray[np.int64]) -> list[int] | None:
     targets = getattr(examples, "targets", None)
-    return None if targets is None else np.bincount(targets, minlength=size).tolist()
+    return None if targets is None else np.bincount(targets, minlength=len(order))[order].tolist()
 
 
 def _lengths(job: Job) -> dict[str, Any]:

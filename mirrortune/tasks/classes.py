@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from typing_extensions import override
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets
 from mirrortune.data.labels import MISSING, class_indices, refuse_missing
-from mirrortune.tasks.base import HasLabels, Task, labels_of
+from mirrortune.tasks.base import RARE, HasLabels, Task, labels_of
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
+
+_SHOWN = 8
 
 
 class SmoothsLabels(ABC):
@@ -68,12 +71,15 @@ class OneOfClasses(Task, WeighsClasses):
     Attributes:
         label_column: column that holds the class.
         labels: class names, in the order of the model's outputs.
+        data_labels: class names in the order of the data, in which answers are scored and written; empty if it is that
+            of the outputs. It decides which class is the second one, which ``f1`` scores.
     """
 
     label_column: str
     metric_names: tuple[str, ...]
     selection_metric: str
     labels: tuple[str, ...]
+    data_labels: tuple[str, ...] = field(default=(), metadata=RARE)
 
     def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
         """Return the class index of each row, (N,); -1 for a missing label, or DataError unless ``allow_missing``."""
@@ -110,13 +116,15 @@ class OneOfClasses(Task, WeighsClasses):
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """Return the class of the largest logit and the true class, each (N,)."""
-        return np.stack(judged).argmax(axis=-1), examples.targets
+        """Return the class of the largest logit and the true class, each (N,), in the order of the data."""
+        logits = np.stack(judged)[:, data_order(self)]
+        return logits.argmax(axis=-1), _in_data_order(examples.targets, self)
 
     @override
     def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
-        """Return the softmax of the logits, (N, C)."""
-        return np.asarray(torch.from_numpy(np.stack(judged)).double().softmax(dim=-1).numpy())
+        """Return the softmax of the logits, (N, C), with the classes in the order of the data."""
+        logits = np.stack(judged)[:, data_order(self)]
+        return np.asarray(torch.from_numpy(logits).double().softmax(dim=-1).numpy())
 
     @override
     def prediction_options(self) -> tuple[str, ...]:
@@ -129,6 +137,67 @@ class OneOfClasses(Task, WeighsClasses):
         """Return the names of the most probable classes, and their probabilities."""
         check_numbers(logits := np.stack(judged), split.places)
         return best_answers(logits, [self.labels] * len(logits), options.top or 1)
+
+
+def classes_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the classes or tags of a task in the order of its answers; empty if it has none."""
+    return (task.data_labels if isinstance(task, OneOfClasses) else ()) or labels_of(task)
+
+
+def data_order(task: Task) -> npt.NDArray[np.int64]:
+    """Return the output of each class, (C,), with the classes in the order of the task's answers."""
+    labels = labels_of(task)
+    return np.array([labels.index(name) for name in classes_of(task)], dtype=np.int64)
+
+
+def _in_data_order(targets: Targets, task: Task) -> Targets:
+    """Return the class indices of ``targets`` (N,), which are those of outputs, in the order of the data."""
+    place = np.argsort(data_order(task))
+    return np.where(targets == MISSING, MISSING, place[targets])
+
+
+def output_names(config: Any) -> tuple[str, ...]:
+    """Return the classes that a model's configuration names, in the order of its outputs; empty if it names none."""
+    id2label = getattr(config, "id2label", None) or {}
+    names = tuple(str(id2label[i]) for i in sorted(id2label))
+    return () if all(name.upper().startswith("LABEL_") for name in names) else names
+
+
+def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list[str]]:
+    """Return the task with its classes in the order of a model's outputs, and notes on classes that do not match.
+
+    Names are compared without regard to case and to the characters between words.
+
+    Args:
+        task: task with the classes of the data.
+        config: configuration of the model, which names its outputs in ``id2label``. It may name more classes than the
+            data has.
+        is_given: the user has set the order of the classes, which is kept.
+    """
+    labels, outputs = labels_of(task), output_names(config)
+    if not labels or len(outputs) < len(labels):
+        return task, []
+    ours, theirs = ({_plain(name): name for name in names} for names in (labels, outputs))
+    is_known = set(ours) <= set(theirs) and (len(ours), len(theirs)) == (len(labels), len(outputs))
+    if not is_known and len(labels) == len(outputs):
+        pairs = [f"{theirs} = {ours}" for theirs, ours in zip(outputs, labels, strict=True) if theirs != ours]
+        shown = ", ".join(pairs[:_SHOWN]) + (f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else "")
+        text = f"the model's classes have other names and are matched by position: {shown} (task.labels sets the order)"
+        return task, [text] if pairs else []
+    if not is_known:
+        return task, []
+    found = tuple(ours.get(name, theirs[name]) for name in theirs)
+    data = (*labels, *(name for name in found if name not in labels))
+    if found == data:
+        return replace(task, labels=found), []  # type: ignore[type-var]
+    if is_given:
+        return task, [f"task.labels is not the order of the model's classes, which is {', '.join(outputs)}"]
+    own = {"data_labels": data} if isinstance(task, OneOfClasses) else {}
+    return replace(task, labels=found, **own), [f"classes in the order of the model's outputs: {', '.join(found)}"]  # type: ignore[type-var]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name.casefold()).strip() or name
 
 
 def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str, Any]]:
@@ -146,7 +215,7 @@ def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str
     has_class_of_row = isinstance(task, OneOfClasses)
     if not isinstance(task, WeighsClasses):
         return []
-    names: list[str] = list(labels_of(task))
+    names: list[str] = list(classes_of(task))
     parts: Sequence[Any]
     if has_class_of_row:
         parts = _counted_scores(np.asarray(predictions), np.asarray(references), len(names))

@@ -39,7 +39,7 @@ from mirrortune.data.labels import (
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import TextTask
-from mirrortune.tasks.classes import OneOfClasses
+from mirrortune.tasks.classes import OneOfClasses, classes_of, data_order
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 
@@ -142,14 +142,16 @@ class Task(TextTask, OneOfClasses):
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         """Return predicted and true classes, each (N,), or with several labels per row 0 and 1, each (N, C)."""
         if self.multi_label:
-            return (np.stack(judged) > 0).astype(np.int64), examples.targets
+            order = data_order(self)
+            return (np.stack(judged)[:, order] > 0).astype(np.int64), examples.targets[:, order]
         return OneOfClasses.answers(self, judged, examples)
 
     @override
     def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
         """Return the softmax of the logits; with several labels, the sigmoid of each. Shape (N, C)."""
         if self.multi_label:
-            return np.asarray(torch.from_numpy(np.stack(judged)).double().sigmoid().numpy())
+            logits = np.stack(judged)[:, data_order(self)]
+            return np.asarray(torch.from_numpy(logits).double().sigmoid().numpy())
         return OneOfClasses.probabilities(self, judged)
 
     @override
@@ -165,14 +167,14 @@ class Task(TextTask, OneOfClasses):
         """
         if not self.multi_label:
             return OneOfClasses.prediction_columns(self, judged, examples, split, options)
-        logits = np.stack(judged)
+        logits = np.stack(judged)[:, data_order(self)]
         check_numbers(logits, split.places)
         threshold = 0.5 if options.threshold is None else options.threshold
         least = math.log(threshold / (1 - threshold)) if threshold else -math.inf  # 0 for 0.5, without rounding
         found = [np.flatnonzero(row > least) for row in logits.astype(np.float64)]
-        shares = self.probabilities(judged)
+        shares, names = self.probabilities(judged), classes_of(self)
         return {
-            "prediction": [[self.labels[i] for i in chosen] for chosen in found],
+            "prediction": [[names[i] for i in chosen] for chosen in found],
             "scores": [plain_numbers(row[chosen]) for row, chosen in zip(shares, found, strict=True)],
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from mirrortune.data.dataset import Split, set_aside
 from mirrortune.errors import DataError
 from mirrortune.tasks import classes
-from mirrortune.tasks.base import task_class, without_targets
-from mirrortune.tasks.classes import OneOfClasses, class_scores
+from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict, without_targets
+from mirrortune.tasks.classes import OneOfClasses, class_scores, classes_of, with_outputs
 from mirrortune.tasks.metrics import Scores
+from mirrortune.tasks.predicting import PredictOptions
 from tests.tiny_runs import classification
 
 TAGS = pa.table({"tokens": [["a", "b", "c"]], "tags": [["B-PER", "O", "B-LOC"]]})
@@ -117,3 +119,64 @@ def test_rows_with_other_labels_are_read_anew() -> None:
     assert task.class_targets(split, allow_missing=True).tolist() == [0, 1]
     assert replace(task, labels=("y", "x")).class_targets(split, allow_missing=True).tolist() == [1, 0]
     assert task.class_targets(without_targets(split, task), allow_missing=True).tolist() == [-1, -1]
+
+
+def _named(*outputs: str) -> SimpleNamespace:
+    return SimpleNamespace(id2label=dict(enumerate(outputs)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "data_labels"),
+    [
+        (("b", "a"), ("b", "a"), ("a", "b")),
+        (("a", "b"), ("a", "b"), ()),
+        (("B", " a "), ("b", "a"), ("a", "b")),
+        (("LABEL_0", "LABEL_1"), ("a", "b"), ()),
+        (("c", "b", "a"), ("c", "b", "a"), ("a", "b", "c")),  # more than the rows have
+        (("x", "a"), ("a", "b"), ()),
+        (("a", "A"), ("a", "b"), ()),
+        (("b",), ("a", "b"), ()),
+    ],
+)
+def test_classes_take_the_order_of_the_outputs(
+    outputs: tuple[str, ...], labels: tuple[str, ...], data_labels: tuple[str, ...]
+) -> None:
+    task, _ = with_outputs(classification(labels=("a", "b")), _named(*outputs), is_given=False)
+
+    assert (task.labels, task.data_labels) == (labels, data_labels)  # type: ignore[attr-defined]
+    assert task_from_dict(task_to_dict(task)) == task
+
+
+def test_answers_are_in_the_order_of_the_data() -> None:
+    task, _ = with_outputs(classification(labels=("a", "b", "c")), _named("c", "a", "b"), is_given=False)
+    assert isinstance(task, OneOfClasses)
+    logits = np.array([[3.0, 1, 0], [0, 3, 1], [1, 0, 3]], dtype=np.float32)  # c, a, b
+
+    predictions, references = task.answers(list(logits), SimpleNamespace(targets=np.array([0, 2, -1])))
+
+    assert predictions.tolist() == [2, 0, 1]
+    assert references.tolist() == [2, 1, -1]
+    assert task.probabilities(list(logits)).argmax(axis=-1).tolist() == [2, 0, 1]
+    assert [each["class"] for each in class_scores(task, predictions[:2], references[:2])] == ["a", "b", "c"]
+
+
+def test_several_labels_are_in_the_order_of_the_data() -> None:
+    task, _ = with_outputs(classification(labels=("a", "b"), multi_label=True), _named("b", "a"), is_given=False)
+    logits, examples = [np.array([2.0, -1])], SimpleNamespace(targets=np.array([[1.0, 0]]))
+    split = Split(table=pa.table({"text": ["x"]}), source="rows.csv")
+
+    found = [part.tolist() for part in task.answers(logits, examples)]
+    columns = task.prediction_columns(logits, examples, split, PredictOptions())
+
+    assert found == [[[0, 1]], [[0, 1]]]
+    assert columns["prediction"] == [["b"]]
+    assert columns["scores"][0] == pytest.approx([1 / (1 + np.exp(-2.0))])
+
+
+def test_tags_take_the_order_of_the_outputs() -> None:
+    task, _ = task_class("token-classification").from_rows(TAGS, "rows.jsonl")
+
+    found, notes = with_outputs(task, _named("O", "B-PER", "B-LOC"), is_given=False)
+
+    assert classes_of(found) == ("O", "B-PER", "B-LOC")
+    assert notes == ["classes in the order of the model's outputs: O, B-PER, B-LOC"]
