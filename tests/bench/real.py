@@ -51,6 +51,7 @@ VISION = "dinov2-small"
 WAVES: tuple[tuple[str, ...], ...] = (
     ("mirror", "mirror-scale", "svft", "lora:rank=8", "lora-sb", "none"),
     ("adaptive", "neighbor", "random", "adaptive:scale_top_k=all", "psoft"),
+    ("mirror:unit=angle", "neighbor:unit=angle", "random:unit=angle"),
     ("scale", "lora:rank=1", "road", "lora-xs", "full", "mirror:scale_top_k=all"),
 )
 _SHORT = ("train.max_steps=160", "eval.before=false")
@@ -114,8 +115,9 @@ def plan(only: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
 def kept_rates(task: Task) -> dict[str, float]:
     """Return the learning rate of each method, as chosen for the model of a task by the comparisons that are kept.
 
-    Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, mirror-scale and LoRA-SB
-    their defaults; full fine-tuning of DINOv2-small takes that of MiniLM-L6.
+    Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, rotations in radians (the
+    published unit) that of the same pairs in units of movement, mirror-scale and LoRA-SB their defaults; full
+    fine-tuning of DINOv2-small takes that of MiniLM-L6.
     """
     found: dict[str, float] = {}
     for name in ("movie-sentences",) if task.is_text else ("movie-sentences", "fashion-mnist"):
@@ -123,6 +125,7 @@ def kept_rates(task: Task) -> dict[str, float]:
             (own,) = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"].values()
             found |= {_plain(label): method["lr"] for label, method in own["methods"].items()}
     found["adaptive:scale_top_k=all"] = found["mirror:scale_top_k=all"]
+    found |= {f"{pairing}:unit=angle": found[pairing] for pairing in ("mirror", "neighbor", "random")}
     return {**found, **{name: preset(name).lr for name in ("mirror-scale", "lora-sb")}}
 
 

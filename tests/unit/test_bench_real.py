@@ -108,9 +108,12 @@ def test_contrasts_pair_the_runs_of_equal_task_and_seed() -> None:
 
     assert real_claims.gaps(task, "mirror", "svft") == pytest.approx([-5, -2])
     assert real_claims.gaps(alone, "mirror", "svft") == []
-    said = real_claims.contrasts({"one": task, "two": task, "three": alone})
-    assert "| `mirror` - `svft` | -3.5 (2) | -3.5 (2) |  | 0 of 2 | -3.5 [-6.3, -0.7] | 0.027 |" in said
+    ahead = {"splits": ["test"], "methods": {**methods, "svft": scored("svft", 20, 0.78)}}
+    said = real_claims.contrasts({"one": task, "two": ahead, "three": alone, "four": task})
+    # Over tasks, not over seeds: means -3.5, +2 and -3.5; t = -1.667 / (3.175 / sqrt(3)), 2 degrees of freedom.
+    assert "| `mirror` - `svft` | -3.5 (2) | +2.0 (1) |  | -3.5 (2) | 1 of 3 | -1.7 [-9.6, +6.2] | 0.46 |" in said
     assert "neighbor" not in said, "no task has it"
+    assert "| 0 of 2 | -3.5 |  |" in real_claims.contrasts({"one": task, "two": task}), "two tasks are too few"
 
 
 def test_spectra_are_those_of_a_first_run_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
