@@ -24,8 +24,8 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import Input, check_file, read_marker
-from mirrortune.tasks.chat import alpaca_prompt, encode_continuation, encode_prompt, turn_end_ids, writes_system
-from mirrortune.tasks.conversations import Conversation, Message
+from mirrortune.tasks.chat import encode_continuation, encode_prompt, turn_end_ids, writes_system
+from mirrortune.tasks.conversations import Conversation, Message, alpaca_prompt
 from mirrortune.tasks.predicting import PredictOptions
 from mirrortune.tasks.prompts import RowSampler
 

@@ -26,17 +26,13 @@ from mirrortune.data.files.arrow import Columns
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
 from mirrortune.errors import DataError, first_line
-from mirrortune.tasks.conversations import Conversation, Message, conversation, meaning_of, row_conversation
+from mirrortune.tasks.conversations import Conversation, Message, meaning_of, row_conversation
 
 Encoding = tuple[list[int], list[bool]]
 """Token ids of a row, and whether each token is learned."""
 SILENT, CALLS, EMPTY = 1, 2, 3
 """What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# The wording of Stanford Alpaca, which is common for models without a chat template.
-_ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-)
 # Contents with different first and last characters, so that the common parts of the formatted texts belong to the
 # template.
 _PROBES = ("0", "1")
@@ -80,14 +76,6 @@ class TextReader:
         self.tokenizer.save_pretrained(folder)
         if self.is_chat:
             save_turn_ends(self.tokenizer, Path(folder))
-
-
-def alpaca_prompt(instruction: str, context: str) -> str:
-    """Return the prompt for an instruction and an optional input in the format of Stanford Alpaca."""
-    if not context.strip():
-        return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
-    more = ", paired with an input that provides further context"
-    return f"{_ALPACA.format(more)}### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 
 
 def encode_conversation(
@@ -158,22 +146,6 @@ def _with_ends(tokenizer: Any, ids: list[int], learned: list[bool], *, is_last: 
                 continue  # another end, as after a call of a tool
             return [*ids, tokenizer.eos_token_id], [*learned[:end], *[True] * (len(ids) + 1 - end)]
     return ids, learned
-
-
-def asked_text(
-    layout: str, texts: Sequence[str], added: dict[str, Any], where: str
-) -> tuple[str, list[Message]]:  # fmt: skip
-    """Return the prompt and the earlier turns of a row that is not formatted by a chat template."""
-    if layout == "text":
-        return texts[0], []
-    prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
-    before: list[Message] = []
-    if any(added.values()):
-        turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        before = conversation(turns, added, where).messages[:-2]
-    if layout == "alpaca":
-        before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
-    return prompt, before
 
 
 def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, column: str) -> None:

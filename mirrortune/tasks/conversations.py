@@ -36,6 +36,10 @@ _ADDITIONS = {
 }  # fmt: skip
 _OF_TURNS = {*_ADDITIONS.values()}
 _OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "text": {"weight"}}
+# The wording of Stanford Alpaca, which is common for models without a chat template.
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 
 
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
@@ -204,6 +208,30 @@ def asked_conversation(
     if not messages:
         raise DataError(where, "the conversation has no turn to answer", fix="Add what the user says")
     return conversation(messages, added, where, default)
+
+
+def alpaca_prompt(instruction: str, context: str) -> str:
+    """Return the prompt for an instruction and an optional input in the format of Stanford Alpaca."""
+    if not context.strip():
+        return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
+    more = ", paired with an input that provides further context"
+    return f"{_ALPACA.format(more)}### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+
+
+def asked_text(
+    layout: str, texts: Sequence[str], added: dict[str, Any], where: str
+) -> tuple[str, list[Message]]:  # fmt: skip
+    """Return the prompt and the earlier turns of a row that is not formatted by a chat template."""
+    if layout == "text":
+        return texts[0], []
+    prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
+    before: list[Message] = []
+    if any(added.values()):
+        turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        before = conversation(turns, added, where).messages[:-2]
+    if layout == "alpaca":
+        before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
+    return prompt, before
 
 
 def row_weight(added: dict[str, Any], where: str) -> float:

@@ -18,7 +18,8 @@ from mirrortune.inference.chat import Chat, Form, Speaker
 from mirrortune.system.atomic import MARKER
 from mirrortune.system.outputs import RUN, Input, Marker, write_marker
 from mirrortune.system.paths import DataPlace
-from mirrortune.tasks.chat import alpaca_prompt, encode_continuation
+from mirrortune.tasks.chat import encode_continuation
+from mirrortune.tasks.conversations import alpaca_prompt
 from mirrortune.tasks.predicting import PredictOptions
 from tests.tiny_models import CHATML, tiny_causal, tiny_chat_tokenizer
 

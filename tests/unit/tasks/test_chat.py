@@ -11,7 +11,6 @@ import pytest
 
 from mirrortune.errors import DataError
 from mirrortune.tasks.chat import (
-    alpaca_prompt,
     encode_continuation,
     encode_conversation,
     save_turn_ends,
@@ -140,15 +139,6 @@ def test_a_line_break_parts_what_brings_no_space() -> None:
     tokenizer = tiny_chat_tokenizer(None)
     assert tokenizer.decode(encode_continuation(tokenizer, "Why?", "So.")[0]) == "Why?\nSo.<|im_end|>"
     assert tokenizer.decode(encode_continuation(tokenizer, "A:", " 2")[0]) == "A: 2<|im_end|>"
-
-
-def test_alpaca_prompts_are_stanfords() -> None:
-    assert alpaca_prompt("Add.", "1, 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n"
-        "### Response:\n"
-    )
-    assert "### Input" not in alpaca_prompt("Add.", " ")
 
 
 def test_speakers_have_many_names() -> None:

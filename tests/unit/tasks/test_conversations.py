@@ -9,7 +9,7 @@ import pytest
 
 from mirrortune.errors import DataError
 from mirrortune.tasks.chat import LostAnswerError, encode_conversation, turn_end_ids, writes_tools
-from mirrortune.tasks.conversations import Conversation, as_messages, conversation, row_weight
+from mirrortune.tasks.conversations import Conversation, alpaca_prompt, as_messages, conversation, row_weight
 from tests.tiny_models import CHATML, MARKED, TOOL_CHATML, tiny_chat_tokenizer
 
 # The shapes of well-known templates, as far as they differ.
@@ -218,3 +218,12 @@ def test_when_all_is_learned_templates_may_rewrite_earlier_turns() -> None:
     with pytest.raises(DataError, match=r"task\.loss_on=all"):
         encode_conversation(tokenizer, talk, "row 1")
     assert all(encode_conversation(tokenizer, talk, "row 1", learn_all=True)[1])
+
+
+def test_alpaca_prompts_are_stanfords() -> None:
+    assert alpaca_prompt("Add.", "1, 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n"
+        "### Response:\n"
+    )
+    assert "### Input" not in alpaca_prompt("Add.", " ")
