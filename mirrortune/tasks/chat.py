@@ -13,25 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from mirrortune.data.files.arrow import Columns
-from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.data.labels import refuse_missing
 from mirrortune.errors import DataError, first_line
 from mirrortune.tasks.conversations import Conversation, Message, meaning_of, row_conversation
 
 Encoding = tuple[list[int], list[bool]]
 """Token ids of a row, and whether each token is learned."""
-SILENT, CALLS, EMPTY = 1, 2, 3
-"""What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Contents with different first and last characters, so that the common parts of the formatted texts belong to the
 # template.
@@ -148,26 +141,6 @@ def _with_ends(tokenizer: Any, ids: list[int], learned: list[bool], *, is_last: 
     return ids, learned
 
 
-def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, column: str) -> None:
-    """Raise a DataError if rows have no valid answer to learn.
-
-    Args:
-        faults: code of each row, shape (N,): 0, :data:`SILENT`, :data:`CALLS` or :data:`EMPTY`.
-        places: places of the rows.
-        column: column of the answers, for messages.
-    """
-    refuse_missing(faults == SILENT, places, column, "answer to learn")
-    reasons = {
-        CALLS: ("tool calls, which the model's chat template does not write",
-                "Use a model whose chat template writes tool calls, or write the calls into the content"),
-        EMPTY: ("an empty answer, of which only its end would be learned", "Fill or remove these answers"),
-    }  # fmt: skip
-    for code, (what, fix) in reasons.items():
-        if count := int((faults == code).sum()):
-            rows = places.listed(np.flatnonzero(faults == code))
-            raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
-
-
 def num_tools_lost(
     columns: Columns, names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
 ) -> int:
@@ -192,6 +165,39 @@ def num_tools_lost(
             if talk.options.get("tools"):
                 return int(not writes_tools(reader.tokenizer, talk))
     return 0
+
+
+def unlike_prompt(
+    rows: Iterable[Sequence[Any]], names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
+) -> str:  # fmt: skip
+    """Return the generation prompt of the template if the trained text of a row does not contain it.
+
+    Some templates open the turn to be generated with more than they write before an answer, such as ``<think>`` or an
+    empty block of reasoning.
+
+    Args:
+        rows: cells of rows; the last of each are those of ``names``.
+        names: names of the columns that add to conversations.
+        reader: reader with the tokenizer.
+        layout: layout of the rows.
+        system: system turn for conversations without one.
+        source: source of the rows, for messages.
+
+    Returns:
+        The generation prompt of the first row whose text does not begin with its prompt; "" if there is none.
+    """
+    for row in rows if reader.is_chat else ():
+        own = row[: len(row) - len(names)]
+        added = dict(zip(names, row[len(own) :], strict=True))
+        talk = row_conversation(layout, own, added, source, system)
+        talk, whole = _written(reader.tokenizer, talk, source)
+        answers = [i for i, m in enumerate(talk.messages) if m["role"] == "assistant" and i not in talk.given]
+        before = talk.messages[: answers[-1]] if answers else []
+        prompt = _text_of(reader.tokenizer, before, talk, add_generation_prompt=True) if before else None
+        if prompt is not None and not whole.startswith(prompt):
+            plain = _text_of(reader.tokenizer, before, talk)
+            return prompt[_in_common(prompt, whole if plain is None else plain) :]
+    return ""
 
 
 def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Sequence[Message] = ()) -> Encoding:

@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.columns import check_named, detected, refuse_preferences, refuse_written_lists
 from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, refuse_unreadable
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.data.labels import refuse_missing
 from mirrortune.errors import DataError
 
 Message = dict[str, Any]
@@ -36,6 +40,8 @@ _ADDITIONS = {
 }  # fmt: skip
 _OF_TURNS = {*_ADDITIONS.values()}
 _OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "text": {"weight"}}
+SILENT, CALLS, EMPTY = 1, 2, 3
+"""What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
 # The wording of Stanford Alpaca, which is common for models without a chat template.
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -244,6 +250,41 @@ def row_weight(added: dict[str, Any], where: str) -> float:
         if meaning_of(name) == "weight" and value is not None and value != "":
             return _as_weight(value, f"{where}, column '{name}'")
     return 1.0
+
+
+def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, column: str) -> None:
+    """Raise a DataError if rows have no valid answer to learn.
+
+    Args:
+        faults: code of each row, shape (N,): 0, :data:`SILENT`, :data:`CALLS` or :data:`EMPTY`.
+        places: places of the rows.
+        column: column of the answers, for messages.
+    """
+    refuse_missing(faults == SILENT, places, column, "answer to learn")
+    reasons = {
+        CALLS: ("tool calls, which the model's chat template does not write",
+                "Use a model whose chat template writes tool calls, or write the calls into the content"),
+        EMPTY: ("an empty answer, of which only its end would be learned", "Fill or remove these answers"),
+    }  # fmt: skip
+    for code, (what, fix) in reasons.items():
+        if count := int((faults == code).sum()):
+            rows = places.listed(np.flatnonzero(faults == code))
+            raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
+
+
+def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int, unlike: str) -> tuple[str, ...]:
+    """Return notes on encoded rows; ``unlike`` is a generation prompt that the trained text lacks, or ""."""
+    notes = [f"{counts['num_learned']:,} of {num_tokens:,} tokens learned"]
+    if counts["num_weightless"]:
+        notes.append(f"{counts['num_weightless']} left out: their weight is 0")
+    if counts["num_tools_lost"]:
+        notes.append("the tools are not shown to the model: its chat template does not write them")
+    if counts["num_answers_cut"]:
+        notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
+    if unlike:
+        notes.append(f"trained and asked differently: the chat template's generation prompt is {unlike[:80]!r}, which"
+                     " these answers do not follow in training. Begin them so, or correct the template")  # fmt: skip
+    return tuple(notes)
 
 
 def as_messages(value: Any, where: str) -> list[Message]:

@@ -103,7 +103,17 @@ def test_tools_and_calls_are_shown_to_the_model(desk: Path, chatty: Path, plain:
     assert refused.exit_code == 3
     assert "rows have tool calls, which the model's chat template does not write (lines 1, 2, " in refused.said
     write(desk / "hello.jsonl", [{"messages": TALKS[2], "tools": tools}] * 8)
-    assert "the tools are not shown to the model" in prepare(plain, "hello.jsonl").said
+    said = prepare(plain, "hello.jsonl").said
+    assert "the tools are not shown to the model" in said
+    assert "generation prompt" not in said
+
+
+def test_answers_that_are_asked_for_differently_are_reported(desk: Path) -> None:
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    model = write_tiny_causal(desk / "thinking", template=template)
+    write(desk / "rows.jsonl", [{"messages": TALKS[2]}] * 8)
+    said = prepare(model, "rows.jsonl").said
+    assert said.count(r"the chat template's generation prompt is '<|im_start|>assistant\n<think>\n', which") == 1
 
 
 def test_empty_answers_are_refused_with_a_count(desk: Path, plain: Path) -> None:

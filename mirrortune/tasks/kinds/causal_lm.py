@@ -41,9 +41,6 @@ from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
 from mirrortune.tasks.base import RARE, Answers, TextTask, WritesText, check_columns, without_targets
 from mirrortune.tasks.chat import (
-    CALLS,
-    EMPTY,
-    SILENT,
     Encoding,
     LostAnswerError,
     TextReader,
@@ -52,17 +49,22 @@ from mirrortune.tasks.chat import (
     encode_prompt,
     has_template,
     num_tools_lost,
-    refuse_faults,
     turn_end_ids,
+    unlike_prompt,
     writes_system,
 )
 from mirrortune.tasks.conversations import (
+    CALLS,
+    EMPTY,
+    SILENT,
     additions,
     as_messages,
     asked_conversation,
     asked_text,
     begins_with_space,
     choose_layout,
+    encoding_notes,
+    refuse_faults,
     row_conversation,
     row_weight,
 )
@@ -223,8 +225,7 @@ class Task(TextTask, WritesText, Answers):
         return TextReader(
             tokenizer=tokenizer, is_chat=is_chat,
             # Training needs no cache, and with one, even empty, the masks of transformers ignore packed rows.
-            switches={"use_cache": False} if "use_cache" in taken else {},
-            takes_positions="position_ids" in taken,
+            switches={"use_cache": False} if "use_cache" in taken else {}, takes_positions="position_ids" in taken,
         )  # fmt: skip
 
     @override
@@ -252,7 +253,9 @@ class Task(TextTask, WritesText, Answers):
         rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found]).astype(np.int64)
         del arrays["numbers"]
         kept = None if len(rows) == split.table.num_rows else rows
-        examples = self._examples(arrays, counts, processor, reading.num_tokens, kept)
+        trained = found if reading.for_training else []
+        unlike = [part[0].unlike_prompt(part[1], made["numbers"], processor) for part, (made, _) in trained]
+        examples = self._examples(arrays, counts, processor, reading.num_tokens, kept, max(unlike, default=""))
         if reading.for_training and (weights != WEIGHT_UNIT).any():
             examples.features["weights"] = np.repeat(weights, examples.lengths)
         if self.answer is not None and not reading.for_training:
@@ -312,6 +315,13 @@ class Task(TextTask, WritesText, Answers):
         if not all(r.writes_chat(tokenizer) for r in self._readers()):
             stops = [*dict.fromkeys([*stops, tokenizer.eos_token_id])]
         return tuple(stop for stop in stops if stop is not None)
+
+    def unlike_prompt(self, split: Split, numbers: npt.NDArray[Any], processor: TextReader) -> str:
+        """Return the result of :func:`mirrortune.tasks.chat.unlike_prompt` for the first of the rows ``numbers``."""
+        few = split.with_columns(self.added_columns).table.take(numbers[:8].astype(np.int64))
+        own = replace(processor, is_chat=self.writes_chat(processor.tokenizer))
+        rows = rows_of(few, [c for _, c in self.columns()])
+        return unlike_prompt(rows, self.added_columns, own, self.layout, self.system, split.source)
 
     def answer_text(self, cell: Any) -> str:
         """Return the text of an answer: the cell itself, or the last message of the assistant in it."""
@@ -476,25 +486,15 @@ class Task(TextTask, WritesText, Answers):
         return ids, [True] * len(ids) if learn_all else learned
 
     def _examples(
-        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int, kept: Rows | None
-    ) -> TokenExamples:
-        notes = [f"{counts['num_learned']:,} of {len(arrays['targets']):,} tokens learned"]
-        if counts["num_weightless"]:
-            notes.append(f"{counts['num_weightless']} left out: their weight is 0")
-        if counts["num_tools_lost"]:
-            notes.append("the tools are not shown to the model: its chat template does not write them")
-        if counts["num_answers_cut"]:
-            notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
-        padding = Padding.of(processor.tokenizer)
+        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int,
+        kept: Rows | None, unlike: str,
+    ) -> TokenExamples:  # fmt: skip
+        fill = Padding.of(processor.tokenizer).fill
         return TokenExamples(
-            features=arrays,
-            offsets=arrays.pop("offsets"),
-            targets=None,
-            padding=Padding(side="right", fill=padding.fill),  # left padding is needed for generation only
-            max_length=max_length,
+            features=arrays, offsets=arrays.pop("offsets"), targets=None, max_length=max_length, kept=kept,
+            padding=Padding(side="right", fill=fill),  # left padding is needed for generation only
             num_truncated=counts["num_truncated"],
             num_dropped=counts["num_answers_cut"] + counts["num_weightless"],
             switches=processor.switches,
-            notes=tuple(notes),
-            kept=kept,
-        )
+            notes=encoding_notes(counts, len(arrays["targets"]), max_length, unlike),
+        )  # fmt: skip

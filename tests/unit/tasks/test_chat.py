@@ -11,10 +11,12 @@ import pytest
 
 from mirrortune.errors import DataError
 from mirrortune.tasks.chat import (
+    TextReader,
     encode_continuation,
     encode_conversation,
     save_turn_ends,
     turn_end_ids,
+    unlike_prompt,
 )
 from mirrortune.tasks.conversations import Conversation, as_messages
 from tests.tiny_models import CHATML, MARKED, tiny_chat_tokenizer
@@ -175,3 +177,24 @@ def test_a_conversation_of_very_many_turns_is_refused(monkeypatch: pytest.Monkey
         encode_conversation(tiny_chat_tokenizer(CHATML), talk, "row 1")
     encode_conversation(tiny_chat_tokenizer(MARKED), talk, "row 1")  # formatted once
     encode_conversation(tiny_chat_tokenizer(CHATML), talk, "row 1", learn_all=True)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("block", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_prompt_that_training_does_not_contain_is_found(template: str, block: str) -> None:
+    opening = "<|im_start|>assistant\n"
+    tokenizer = tiny_chat_tokenizer(template.replace(f"%}}{opening}{{% endif", f"%}}{opening}{block}{{% endif"))
+    reader = TextReader(tokenizer=tokenizer, is_chat=True, takes_positions=True)
+    answers = ["4", f"{block}4", f"{block.strip()}4"]
+    rows = [([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": text}],) for text in answers]
+    found = [unlike_prompt([row], (), reader, "messages", "", "rows") for row in rows]
+    assert found == [opening + block, "", opening + block]
+    assert unlike_prompt(rows[1:], (), reader, "messages", "", "rows") == opening + block
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_prompts_of_common_templates_are_those_of_training(template: str) -> None:
+    reader = TextReader(tokenizer=tiny_chat_tokenizer(template), is_chat=True, takes_positions=True)
+    unanswered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    rows = [(TALK,), (TALK[:2],), (TALK[2:],), (TALK[2:3],), (unanswered,)]
+    assert unlike_prompt(rows, (), reader, "messages", "Be kind.", "rows") == ""
