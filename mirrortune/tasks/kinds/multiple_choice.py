@@ -178,7 +178,7 @@ class Task(TextTask, SmoothsLabels):
             return {**arrays, "sizes": sizes, "right": np.array(right, dtype=np.int32)}, counts
 
         columns = [column for _, column in self.columns()]  # texts, choices, label
-        facts: dict[str, object] = {"length": max_length, "num_texts": num_texts}
+        facts: dict[str, object] = {"length": max_length, "num_texts": num_texts, "empty_endings": "left out"}
         made = tokenise_rows(split, columns, processor, reading, self.code, make, facts=facts)
         arrays = made.arrays
         targets, sizes = arrays.pop("right").astype(np.int64), arrays.pop("sizes")
@@ -240,7 +240,8 @@ class Task(TextTask, SmoothsLabels):
         for row, own in enumerate(judged):
             logits[row, : len(own)] = own
         check_numbers(logits, split.places)
-        rows = [_endings(row, split.source) for row in rows_of(split.table, self.choice_columns)]
+        table, places = split.table, split.places
+        rows = [_endings(row, places.where(n)) for n, row in enumerate(rows_of(table, self.choice_columns))]
         names: list[Sequence[Any]] = [labels or range(len(texts)) for texts, labels in rows]
         chosen = [texts[best] for (texts, _), best in zip(rows, logits.argmax(axis=1), strict=True)]
         return {**best_answers(logits, names, options.top or 1), "choice": chosen}
@@ -278,13 +279,26 @@ def _in_parts(name: str) -> list[str | int]:
 
 
 def _endings(row_cells: Sequence[Any], where: str) -> tuple[list[str], list[str] | None]:
-    """Return the endings in the choice columns of a row, and their labels if the row has some."""
+    """Return the endings in the choice columns of a row, and their labels if the row has some.
+
+    Empty cells after the last ending are no endings, so that rows of a table can have different numbers of them.
+    """
     first = row_cells[0]
     named = first.get("label") if isinstance(first, dict) else None
     texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else list(row_cells)
-    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
         raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
-    return texts, [str(name) for name in named] if named else None
+    filled = [place for place, text in enumerate(texts, start=1) if text and text.strip()]
+    count = max(filled, default=0)
+    if len(filled) < count:
+        empty = min({*range(1, count)} - {*filled})
+        raise DataError(
+            where, f"ending {empty} is empty and ending {count} is not", allowed="empty endings behind all others",
+            fix="Fill it, or move the later endings up, together with the label",
+        )  # fmt: skip
+    if count < 2:
+        raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
+    return texts[:count], [str(name) for name in named[:count]] if named else None
 
 
 def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mirrortune.data.dataset import Split
+from mirrortune.data.dataset import Split, load_data
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
+from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
+from mirrortune.tasks.predicting import PredictOptions
 
 CHOICE = task_class("multiple-choice")
 SWAG = pa.table({
@@ -83,3 +86,40 @@ def test_choices_that_do_not_fit_are_refused(tokenizer: Any) -> None:
         CHOICE.from_rows(pa.table({"text": ["a"]}), "rows.jsonl")
     with pytest.raises(DataError, match=r"row 1: its endings are .*Allowed: two texts or more"):
         choices(tokenizer, pa.table({"question": ["a"], "choices": [["x"]], "label": [0]}))
+
+
+SHORT = {
+    "a.csv": "context,ending0,ending1,ending2,label\na,x,y,z,2\nb,x,y,,1\n",
+    "a.jsonl": '''{"context": "a", "ending0": "x", "ending1": "y", "ending2": "z", "label": 2}
+                   {"context": "b", "ending0": "x", "ending1": "y", "ending2": " ", "label": 1}''',
+    "b.jsonl": '''{"context": "a", "ending0": "x", "ending1": "y", "ending2": "z", "label": 2}
+                   {"context": "b", "ending0": "x", "ending1": "y", "label": 1}''',
+    "c.jsonl": '''{"context": "a", "endings": ["x", "y", "z"], "label": 2}
+                   {"context": "b", "endings": ["x", "y", "", null], "label": 1}''',
+    "d.jsonl": '''{"context": "a", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "label": "C"}
+                   {"context": "b", "choices": {"text": ["x", "y", ""], "label": ["A", "B", "C"]}, "label": "B"}''',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_empty_endings_behind_others_are_none(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(SHORT[name].replace("  {", "{"), encoding="utf-8")
+    split = load_data(DataPlace.parse(str(tmp_path / name))).splits["train"]
+    task = CHOICE.from_rows(split.table, split.source)[0]
+    found = task.encode(split, tokenizer, Reading(max_length=32))
+    assert found.batch(np.array([0, 1]))["targets"].tolist() == [[2, 3], [1, 2]]
+    judged = [np.array([0.0, 1.0, 0.0]), np.array([0.0, 1.0])]
+    told = task.prediction_columns(judged, found, split, PredictOptions())
+    assert told["choice"] == ["y", "y"]
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_ending_before_another_is_refused(tokenizer: Any, empty: str | None) -> None:
+    texts = [["x", "y", "z"], ["x", empty, "z"]]
+    columns = {f"ending{i}": [row[i] for row in texts] for i in range(3)}
+    for given in ({"choices": texts}, columns):
+        with pytest.raises(DataError, match=r"row 2: ending 2 is empty and ending 3 is not\. Allowed: .* Fill it, or"):
+            choices(tokenizer, pa.table({"question": ["a", "b"], **given, "label": [0, 0]}))
+    table = pa.table({"question": ["a", "b"], "choices": [["x", "y", "z"], ["x", "y", empty]], "label": [0, 2]})
+    with pytest.raises(DataError, match="row 2: label 2 is not one of its 2 endings"):
+        choices(tokenizer, table)
