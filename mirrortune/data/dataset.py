@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import is_string
-from mirrortune.data.files.class_folders import ClassFolder, class_folder
+from mirrortune.data.files.class_folders import ClassFolder, class_folder, holds_media
 from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
 from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files
@@ -287,7 +287,11 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
 
 
 def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Read one folder for each class, or folders train, validation and test of such folders; also return remarks."""
+    """Read one folder for each class, or folders train, validation and test of such folders; also return remarks.
+
+    A folder named as a split is a class if it is the only one, holds images but no folders of them, and is beside other
+    folders of images.
+    """
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
@@ -298,6 +302,12 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
         remarks += [f"{name}: {remark}" if parts else remark for remark in found[name].remarks]
         if parts and found[name].table is None:
             remarks.append(f"{name}: {part} has no folder of images or recordings for each class")
+    if len(parts) == 1 and all(c.table is None for c in found.values()):
+        part = next(iter(parts.values()))
+        if holds_media(part) and any(holds_media(sub) for sub in subs.values() if sub != part):
+            whole = class_folder(folder)
+            note = f"'{part.name}' is read as a class, not as a split, as it holds no folders"
+            found, parts, remarks = {"train": whole}, {}, [note, *whole.remarks]
     others = sorted(p.name for p in subs.values() if parts and p not in parts.values())
     remarks += [f"left out, as they are not splits: {', '.join(others)}"] if others else []
     tables = {n: (parts.get(n, folder), c.table) for n, c in found.items() if c.table is not None}

@@ -96,6 +96,12 @@ def class_folder(folder: Path) -> ClassFolder:
     return ClassFolder(table=table, remarks=tuple(remarks))
 
 
+def holds_media(folder: Path) -> bool:
+    """Return whether a folder or one below it holds an image or audio file."""
+    found = _read_class(folder, folder)
+    return bool(found.images or found.audio)
+
+
 def _read_class(folder: Path, sub: Path) -> _Class:
     found = _Class()
     for place, folders, files in os.walk(sub):

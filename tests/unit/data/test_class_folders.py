@@ -97,6 +97,23 @@ def test_splits_of_class_folders_do_not_vanish_in_silence(tmp_path: Path) -> Non
     )
 
 
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    split = load_data(DataPlace.parse(str(touch(tmp_path, "bus/1.png", "Train/1.png", "Train/2.png")))).splits["train"]
+    paths = ["Train/1.png", "Train/2.png", "bus/1.png"]
+    assert split.table.to_pydict() == {"image": paths, "label": ["Train", "Train", "bus"]}
+    assert split.folder == tmp_path
+    assert split.remarks == ("'Train' is read as a class, not as a split, as it holds no folders",)
+    splits = load_data(DataPlace.parse(str(touch(tmp_path, "Train/cat/1.png")))).splits
+    assert splits["train"].table["label"].to_pylist() == ["cat"]
+    assert splits["train"].remarks[-1] == "left out, as they are not splits: bus"
+
+
+@pytest.mark.parametrize("names", [["train/1.png", "test/1.png", "bus/1.png"], ["train/1.png", "docs/readme.md"]])
+def test_splits_without_classes_are_refused(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(DataError, match=r"train: .* has no folder of images or recordings for each class.* left out"):
+        load_data(DataPlace.parse(str(touch(tmp_path, *names))))
+
+
 def test_tables_of_a_folder_do_not_vanish_in_silence(tmp_path: Path) -> None:
     touch(tmp_path, "train.csv", "train.xlsx", "more.csv", "notes.md", "train.py")
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
