@@ -131,9 +131,10 @@ class Parts:
         changed = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
         if changed:
             told = "; ".join(_difference(name, before.get(name), facts.get(name)) for name in changed)
+            first = "Continue with that version" if _VERSION in told else "Give what the first command was given"
             raise ConfigError(
                 "--resume", f"the finished rows of {self.output} were made otherwise: {told}",
-                fix="Give what the first command was given, or start again with --overwrite",
+                fix=f"{first}, or start again with --overwrite",
             )  # fmt: skip
         for _, _, path in self._found():  # all of them now, not after hours of predicting
             if not _is_readable(path):
@@ -447,9 +448,12 @@ def _as_stored(facts: dict[str, Any]) -> dict[str, Any]:
 
 _DIGEST = re.compile("[0-9a-f]{64}")  # of SHA-256
 _MOST_NAMED = 3  # differences listed for one value
+_VERSION = "version of mirrortune"  # name of a fact
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
+    if name == "version" and isinstance(before, int) and isinstance(now, int):  # of a kind of task
+        return f"another {_VERSION} read the rows (version {before} of its code before, {now} now)"
     if isinstance(before, str | int | float | None) and isinstance(now, str | int | float | None):
         if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now)):
             return f"{name} has changed"

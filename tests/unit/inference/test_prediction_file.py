@@ -182,6 +182,20 @@ def test_what_differs_is_named_in_words(tmp_path: Path) -> None:
     )
 
 
+def test_rows_of_an_earlier_version_are_not_continued(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "a.csv")
+    parts.begin({"task": {"kind": "causal-lm", "version": 2}}, overwrite=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"task: another version of mirrortune read the rows \(version 2 of its code before, 3 now\)\. "
+        r"Continue with that version, or start again with --overwrite",
+    ):
+        parts.resume({"task": {"kind": "causal-lm", "version": 3}})
+    parts.begin({"version of mirrortune": "0.1"}, overwrite=True)
+    with pytest.raises(ConfigError, match=r"version of mirrortune \(0\.1 .*\)\. Continue with that version, or"):
+        parts.resume({"version of mirrortune": "0.2"})
+
+
 def test_parts_that_cannot_be_begun_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise ResourceError("state.json", "cannot be written (the disk is full)")
