@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,9 @@ def _tested(found: dict[str, Any], seeds: int) -> str:
     if tests and all(test["low"] is None for test in tests):
         what = "probabilities" if METRICS[found["metric"]].takes_probabilities else "predictions"
         return (
-            f"Difference to `{found['reference']}`; it counts as better or worse if {t_test} says so; rows are not "
-            f"resampled, because runs keep no {what} of them"
+            f"Difference to `{found['reference']}`; it counts as better or worse if {t_test} says so, which holds the "
+            "chance of the seeds but not that of the rows: they are not resampled, because these runs keep no "
+            f"{what} of them"
         )
     return (
         f"Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
@@ -254,9 +255,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
         samples = {label: _sample(comparison, task, label, m, split) for label, m in finished.items()}
         rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
         samples = {label: samples[label] for label in complete}
-        compute = METRICS[metric].compute
-        if METRICS[metric].takes_probabilities:  # which runs do not keep
-            samples = {label: replace(sample, predictions=None) for label, sample in samples.items()}
+        compute = METRICS[metric].fast or METRICS[metric].compute
         if "rank" in METRICS[metric].targets:  # references that each model gave, which is what is tested then
             samples = {label: sample.by_ranks() for label, sample in samples.items()}
             compute = METRICS[metric].of_ranks
@@ -356,15 +355,21 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any], split: str) -> Sample:
     values = tuple(method["reported"][split]["values"])
+    are_probabilities = METRICS[method["metric"]].takes_probabilities
+    kept = "probabilities" if are_probabilities else "predictions"
     predictions, references = [], []
     for seed in method["seeds"]:
         path = Cell(task, label, method["lr"], seed).folder(comparison.root) / "predictions.safetensors"
         arrays = load_file(path) if path.is_file() else {}
-        if not {f"{split}.predictions", f"{split}.references"} <= arrays.keys():
+        if f"{split}.references" not in arrays:
             return Sample(values=values)
-        predictions.append(arrays[f"{split}.predictions"])
         references.append(arrays[f"{split}.references"])
-    return Sample(values=values, predictions=tuple(predictions), references=tuple(references))
+        if f"{split}.{kept}" in arrays:  # runs of earlier versions have no probabilities
+            predictions.append(arrays[f"{split}.{kept}"])
+    return Sample(
+        values=values, predictions=tuple(predictions) if len(predictions) == len(references) else None,
+        references=tuple(references), are_probabilities=are_probabilities,
+    )  # fmt: skip
 
 
 def _histories(comparison: Comparison, task: str, label: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:

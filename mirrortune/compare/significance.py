@@ -13,7 +13,8 @@ import numpy.typing as npt
 from mirrortune.errors import ConfigError, counted
 
 Array = npt.NDArray[Any]
-_RESAMPLES = 2_000
+_RESAMPLES, _FEWEST = 2_000, 200
+_MOST_PROBABILITIES = 200_000_000  # that are resampled for one seed of a method; more take many minutes
 _LEVEL = 0.05
 
 
@@ -49,11 +50,13 @@ class Sample:
         predictions: predictions of each seed's rows, each of shape (rows,); None if they were not kept or are not what
             the metric takes.
         references: references of each seed's rows; None if they were not kept.
+        are_probabilities: the predictions are probabilities of classes, each of shape (rows, classes).
     """
 
     values: tuple[float, ...]
     predictions: tuple[Array, ...] | None = None
     references: tuple[Array, ...] | None = None
+    are_probabilities: bool = False
 
     def by_ranks(self) -> Sample:
         """Return the sample of a task whose references are ranks that the model gave: with these as predictions."""
@@ -129,9 +132,12 @@ def bootstrap_interval(
         return None
     random = np.random.default_rng(seed)
     references = base.references
+    count = _RESAMPLES
+    if sample.are_probabilities:
+        count = min(_RESAMPLES, max(_FEWEST, _MOST_PROBABILITIES // max(1, sample.predictions[0].size)))
     is_shared = all(len(r) == len(references[0]) and np.array_equal(r, references[0]) for r in references)
-    differences = np.empty(_RESAMPLES)
-    for index in range(_RESAMPLES):
+    differences = np.empty(count)
+    for index in range(count):
         shared = random.integers(len(references[0]), size=len(references[0]))
         gaps = []
         for s in random.integers(len(references), size=len(references)):

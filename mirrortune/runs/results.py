@@ -39,6 +39,7 @@ from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.metrics import METRICS
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.settings import FitResult
 
@@ -252,7 +253,8 @@ def score_reported(
     """Score the kept checkpoint on every split of ``job.reported``; return metrics by the name of the split.
 
     Numeric predictions and references are written to ``predictions.safetensors`` as ``<split>.predictions`` and
-    ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row.
+    ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row. If the selection
+    metric scores probabilities, these are written too, as ``<split>.probabilities``.
 
     Args:
         job: job of the run.
@@ -272,7 +274,10 @@ def score_reported(
             num_workers=job.settings.loop.num_workers,
         )  # fmt: skip
         found[name] = outcome.metrics
-        for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
+        kept = {"predictions": outcome.predictions, "references": outcome.references}
+        if METRICS[job.task.selection_metric].takes_probabilities:
+            kept["probabilities"] = job.task.probabilities(outcome.judged)
+        for what, values in kept.items():
             if isinstance(values, np.ndarray):
                 arrays[f"{name}.{what}"] = np.ascontiguousarray(values)
         reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({counted(outcome.rows, 'row')})")

@@ -40,6 +40,7 @@ class Metric:
         binary: whether the metric is defined for two classes only (class 1 is the positive class).
         requires: an optional module, and the extra of this package that installs it.
         takes_probabilities: whether ``compute`` takes the probability of each class (N, C) instead of predictions.
+        fast: computes the same value, but for rounding, fast enough for thousands of resamples; None if ``compute`` is.
     """
 
     compute: Callable[[Any, Any], float]
@@ -49,6 +50,7 @@ class Metric:
     binary: bool = False
     requires: tuple[str, str] | None = None
     takes_probabilities: bool = False
+    fast: Callable[[Any, Any], float] | None = None
 
     def of_ranks(self, ranks: Array, _: Array) -> float:
         """Score ranks alone, for a metric of the target ``"rank"``; the second argument is ignored."""
@@ -83,6 +85,13 @@ def _log_loss(probabilities: Array, references: Array) -> float:
     return float(log_loss(references, probabilities, labels=range(probabilities.shape[1])))
 
 
+def _log_loss_by_row(probabilities: npt.NDArray[Any], references: Array) -> float:
+    """Return the value of :func:`_log_loss` for one class per row."""
+    smallest = np.finfo(probabilities.dtype).eps
+    right = probabilities[np.arange(len(references)), references.astype(np.int64)]
+    return float(-np.log(right.clip(smallest, 1 - smallest)).mean())
+
+
 def _roc_auc(probabilities: Array, references: Array) -> float:
     """Return the area under the ROC curve: of class 1 if there are two classes, else the one-vs-rest mean over classes.
 
@@ -90,11 +99,29 @@ def _roc_auc(probabilities: Array, references: Array) -> float:
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415
 
-    size = probabilities.shape[1]
-    truth = references if references.ndim == 2 else references[:, None] == np.arange(size)
-    scored = range(1 if references.ndim == 1 and size == 2 else 0, size)
+    truth, scored = _of_each_class(probabilities, references)
     areas = [roc_auc_score(truth[:, c], probabilities[:, c]) for c in scored if 0 < truth[:, c].sum() < len(truth)]
     return float(np.mean(areas)) if areas else 0.5
+
+
+def _roc_auc_by_pairs(probabilities: Array, references: Array) -> float:
+    """Return the value of :func:`_roc_auc` as the share of pairs that are in order, half of those of equal rank."""
+    truth, scored = _of_each_class(probabilities, references)
+    areas = []
+    for c in scored:
+        right = truth[:, c].astype(bool)
+        above, below = probabilities[right, c], np.sort(probabilities[~right, c])
+        if len(above) and len(below):
+            twice = below.searchsorted(above, "left") + below.searchsorted(above, "right")
+            areas.append(twice.sum() / (2 * len(above) * len(below)))
+    return float(np.mean(areas)) if areas else 0.5
+
+
+def _of_each_class(probabilities: Array, references: Array) -> tuple[npt.NDArray[Any], range]:
+    """Return whether each class is right (N, C), and the classes to score."""
+    size = probabilities.shape[1]
+    truth = references if references.ndim == 2 else references[:, None] == np.arange(size)
+    return truth, range(1 if references.ndim == 1 and size == 2 else 0, size)
 
 
 def _r2(predictions: Array, references: Array) -> float:
@@ -231,8 +258,19 @@ METRICS: dict[str, Metric] = {
     "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
     "matthews_correlation": Metric(compute=_matthews, targets=("class", "choice")),
     "mcc": Metric(compute=_matthews, targets=("class", "choice")),
-    "roc_auc": Metric(compute=_roc_auc, targets=("class", "labels"), takes_probabilities=True),
-    "log_loss": Metric(compute=_log_loss, higher_is_better=False, is_share=False, takes_probabilities=True),
+    "roc_auc": Metric(
+        compute=_roc_auc,
+        targets=("class", "labels"),
+        takes_probabilities=True,
+        fast=_roc_auc_by_pairs,
+    ),
+    "log_loss": Metric(
+        compute=_log_loss,
+        higher_is_better=False,
+        is_share=False,
+        takes_probabilities=True,
+        fast=_log_loss_by_row,
+    ),
     "pearson": Metric(compute=partial(_correlation, name="pearsonr"), targets=("number",)),
     "spearmanr": Metric(compute=partial(_correlation, name="spearmanr"), targets=("number",)),
     "mse": Metric(compute=partial(_error, power=2), higher_is_better=False, is_share=False, targets=("number",)),

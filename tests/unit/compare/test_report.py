@@ -16,6 +16,7 @@ from mirrortune.compare.report import write_report
 from mirrortune.compare.run import Comparison
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.system.console import Reporter
+from mirrortune.tasks.metrics import METRICS
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 RATE = 0.1
@@ -117,24 +118,35 @@ def test_the_caption_says_whether_the_reported_rows_chose(
     assert "0 rows" not in table
 
 
-@pytest.mark.parametrize("shape", [(40,), (40, 3)])
 @pytest.mark.parametrize("metric", ["roc_auc", "log_loss"])
-def test_scores_of_probabilities_are_tested_over_seeds_alone(
-    tmp_path: Path, metric: str, shape: tuple[int, ...]
-) -> None:
-    compared, random = comparison(tmp_path, seeds=3), np.random.default_rng(0)
-    references = random.integers(2, size=shape)
-    for seed in range(3):
-        for label, score in (("mirror", 0.5 + seed / 100), ("none", 0.75 - seed / 100)):
-            arrays = {"test.predictions": random.integers(2, size=shape), "test.references": references}
+def test_scores_of_probabilities_are_tested_over_seeds_and_rows(tmp_path: Path, metric: str) -> None:
+    compared, random = comparison(tmp_path, seeds=2), np.random.default_rng(0)
+    references = random.integers(2, size=40)
+    truth = np.stack([1 - references, references], axis=1)
+    for label, skill in (("mirror", 0.0), ("none", 0.9)):
+        odds = skill * truth + (1 - skill) * random.dirichlet([1, 1], size=40)
+        arrays = {"test.predictions": references, "test.references": references, "test.probabilities": odds}
+        score = METRICS[metric].compute(odds, references)
+        for seed in range(2):
             finish(compared, label, seed, score, "test", metric=metric, arrays=arrays)
     found, table = report(compared)
     (test,) = found["tests"]["test"]
-    assert (test["low"], test["high"]) == (None, None)
-    assert test["verdict"] == ("better" if metric == "roc_auc" else "worse")
+    assert test["low"] < test["difference"] < test["high"]
+    assert test["verdict"] == "better"
+    assert "with its 95% bootstrap interval over seeds and rows" in table
+
+
+def test_probabilities_that_runs_do_not_keep_are_not_resampled(tmp_path: Path) -> None:
+    compared, references = comparison(tmp_path, seeds=3), np.arange(40) % 2
+    for seed in range(3):
+        for label, score in (("mirror", 0.5 + seed / 100), ("none", 0.75 - seed / 100)):
+            arrays = {"test.predictions": references, "test.references": references}
+            finish(compared, label, seed, score, "test", metric="roc_auc", arrays=arrays)
+    found, table = report(compared)
+    (test,) = found["tests"]["test"]
+    assert (test["low"], test["high"], test["verdict"]) == (None, None, "better")
     assert found["rows"] == {"test": 40}
-    assert "if a paired t-test over seeds (Holm, p < 0.05) says so; rows are not resampled, because runs keep no " \
-        "probabilities of them. " in table  # fmt: skip
+    assert "these runs keep no probabilities of them. " in table
 
 
 def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
@@ -144,7 +156,8 @@ def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) ->
         finish(compared, "none", seed, 0.75, "test")
     _, table = report(compared)
     assert "scored on" not in table
-    assert "says so; rows are not resampled, because runs keep no predictions of them. " in table
+    assert "which holds the chance of the seeds but not that of the rows: they are not resampled, because these runs " \
+        "keep no predictions of them. " in table  # fmt: skip
 
 
 def test_a_bar_in_the_name_of_a_method_adds_no_cell(tmp_path: Path) -> None:

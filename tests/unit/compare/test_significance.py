@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +141,16 @@ def test_ranks_that_each_model_gave_are_compared() -> None:
     assert found.high is not None
     expected = metric.compute(better, better) - metric.compute(worse, worse)
     assert 0 < found.low < expected < found.high
+
+
+def test_large_tables_of_probabilities_are_resampled_less_often() -> None:
+    seen: list[int] = []
+
+    def metric(odds: Any, _: Any) -> float:
+        seen.append(len(odds))
+        return float(odds[:, 0].mean())
+
+    odds = np.zeros((4_000, 100))
+    own = Sample(values=(0.0, 0.0), predictions=(odds,) * 2, references=(odds[:, 0],) * 2, are_probabilities=True)
+    assert bootstrap_interval(own, own, metric, seed=0) == (0.0, 0.0)
+    assert len(seen) == 4 * 500

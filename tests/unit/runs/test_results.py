@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from mirrortune.adapters.fingerprint import sampled_digest
 from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
+from mirrortune.runs import results
 from mirrortune.runs.results import check_same_base, check_same_data, check_same_recipe
 from mirrortune.system.run_directory import RunDirectory
+from mirrortune.tasks.base import task_class
+from mirrortune.tasks.metrics import Scores
+from mirrortune.training.evaluate import EvalResult
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD
 
@@ -189,3 +196,23 @@ def test_a_base_with_another_weight_is_refused(run: RunDirectory, name: str) -> 
 
     with pytest.raises(ConfigError, match=r"--resume: the weights of 'tiny' are not those .*--overwrite"):
         check_same_base({"sampled": sampled_digest(model, HEAD)}, run)
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "accuracy"])
+def test_probabilities_are_kept_where_the_metric_scores_them(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    rows = pa.table({"text": ["a", "b", "c"], "label": ["x", "y", "x"]})
+    task = task_class("text-classification").from_rows(rows, "rows", Scores(metrics=(metric,)))[0]
+    logits = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]], dtype=np.float32)
+    outcome = EvalResult(metrics={metric: 0.5}, rows=3, judged=[*logits], predictions=logits.argmax(axis=1),
+                         references=np.array([0, 1, 0]))  # fmt: skip
+    monkeypatch.setattr(results, "evaluate_split", lambda *_, **__: outcome)
+    results.score_reported(Mock(task=task, reported={"test": Mock()}), Mock(), run, Mock(), Mock())
+    kept = load_file(run.path / "predictions.safetensors")
+    assert kept.pop("test.predictions").tolist() == [1, 0, 0]
+    assert kept.pop("test.references").tolist() == [0, 1, 0]
+    odds = kept.pop("test.probabilities", None)
+    assert not kept
+    assert (odds is None) == (metric == "accuracy")
+    assert odds is None or odds[:, 1] == pytest.approx([1 / (1 + np.exp(-1)), 1 / (1 + np.e), 0.5], abs=1e-12)

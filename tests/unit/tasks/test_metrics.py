@@ -257,3 +257,23 @@ def test_nearly_constant_values_raise_no_warning() -> None:
         warnings.simplefilter("error")
         found = METRICS["pearson"].compute(np.array([1.0, 1.0 + 1e-15, 1.0]), np.array([1.0, 2.0, 3.0]))
     assert -1 <= found <= 1
+
+
+@pytest.mark.parametrize("kind", ["two", "several", "labels"])
+def test_the_area_by_pairs_is_that_under_the_curve(kind: str) -> None:
+    random, metric = np.random.default_rng(0), METRICS["roc_auc"]
+    classes = 2 if kind == "two" else 5
+    odds = random.integers(12, size=(60, classes)) / 12  # with ties
+    truth = random.integers(2, size=odds.shape) if kind == "labels" else random.integers(classes - 1, size=60)
+    truth[:3] += kind == "two"
+    assert metric.fast is not None
+    assert metric.fast(odds, truth) == pytest.approx(metric.compute(odds, truth), abs=1e-12)
+    assert metric.fast(odds, np.zeros_like(truth)) == metric.compute(odds, np.zeros_like(truth)) == 0.5
+
+
+def test_the_log_loss_by_row_is_that_of_scikit_learn() -> None:
+    random, metric = np.random.default_rng(0), METRICS["log_loss"]
+    odds, truth = random.dirichlet([1.0] * 4, size=50), random.integers(4, size=50)
+    odds[0] = np.eye(4)[(truth[0] + 1) % 4]  # certain, and wrong
+    assert metric.fast is not None
+    assert metric.fast(odds, truth) == pytest.approx(metric.compute(odds, truth), abs=1e-12)
