@@ -136,7 +136,8 @@ def table(found: dict[str, Any]) -> str:
             minutes = f"{own['train_seconds'] / 60:.1f} min"
             lines.append(f"| {name} | `{method}` | {own['lr']:g} | {sizes} | {scores} | {minutes} |")
     lines += ["", "Exact match, times 100, with its standard error for so many rows; answers' perplexity; "
-              "one seed, the same rows in the same order for every method."]  # fmt: skip
+              "one seed, the same rows in the same order for every method. mirror-scale and LoRA have chosen between "
+              "two learning rates by the loss on the rows that are scored; the others have one rate."]  # fmt: skip
     for name, task in found.items():
         env = task["environment"]
         lines += ["", f"{name}: {task['steps']} steps of 8 rows, {task['rows']} rows answered; {env.get('device')}, "
