@@ -28,6 +28,7 @@ from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapters.svd import Rank
 from mirrortune.errors import ConfigError, ResourceError, in_python_terms
+from mirrortune.merging.bases import name_classes
 from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
 from mirrortune.merging.push import pack_adapter
@@ -181,7 +182,7 @@ def load_adapter(
     subfolder: str | None = None,
     force_base: bool = False,
 ) -> M:
-    """Attach the adapter in ``directory`` to its base ``model``.
+    """Attach the adapter in ``directory`` to its base ``model``, whose configuration gets the classes of its head.
 
     Args:
         model: base model from any source; it is identified by the values of its weights. Its embeddings are made longer
@@ -210,6 +211,7 @@ def load_adapter(
         book = load_into(model, adapter, FactorCache(), force_base=force_base)
     for remark in book.remarks:
         warnings.warn(f"loaded by force: {remark}", stacklevel=3)
+    name_classes(model, adapter)
     _remember(model, book)
     return model
 

@@ -22,6 +22,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.merging.verify import Compared, Probes
 from mirrortune.models.load import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.models.quantized import dequantise
+from mirrortune.registry import task_kinds
 from mirrortune.system.devices import widen
 from mirrortune.system.outputs import Input, adapter_inputs, model_inputs
 from mirrortune.tasks.base import Task, task_from_dict
@@ -215,6 +216,17 @@ def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
         return task.config_fields()
     labels = {int(index): name for index, name in (adapter.base.get("id2label") or {}).items()}
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
+
+
+def name_classes(model: nn.Module, adapter: AdapterFile) -> None:
+    """Give the classes of an adapter's head their names in the configuration of ``model``, which may have others."""
+    config, kind = getattr(model, "config", None), (adapter.task or {}).get("kind")
+    if config is None or not adapter.head:
+        return
+    fields = config_fields(adapter, _task_of(adapter) if kind in task_kinds() else None)
+    for name in ("id2label", "label2id", "problem_type"):
+        if name in fields:
+            setattr(config, name, fields[name])
 
 
 def check_class(adapter: AdapterFile) -> None:

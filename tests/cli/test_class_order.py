@@ -178,3 +178,26 @@ def test_a_head_of_another_size_is_new(desk: Path, model: Path) -> None:
 
     assert done.exit_code == 0, done.stderr
     assert "order of the model's outputs" not in done.stderr
+
+
+def test_an_adapter_that_is_loaded_in_python_names_the_classes_of_its_head(model: Path, desk: Path) -> None:
+    import transformers
+
+    import mirrortune as package
+
+    other = write_classifier(desk / "other", ("spam", "ham"))  # a base with names of its own
+    done = mirrortune(
+        "train", "-m", other, "-t", "text-classification", "-d", desk / "data", "--max-steps", 4, "-o", "r"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert mirrortune("predict", "r", "-d", desk / "data" / "validation.csv", "-o", "said.csv").exit_code == 0
+
+    adapted = transformers.AutoModelForSequenceClassification.from_pretrained(other)
+    package.load_adapter(adapted, "r")
+
+    assert adapted.config.id2label == {0: "negative", 1: "positive"}
+    assert adapted.config.label2id == {"negative": 0, "positive": 1}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(other)
+    pipe = transformers.pipeline("text-classification", model=adapted, tokenizer=tokenizer, device="cpu")
+    said = rows(desk / "said.csv")
+    assert [found["label"] for found in pipe([row["text"] for row in said])] == [row["prediction"] for row in said]
