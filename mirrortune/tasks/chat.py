@@ -167,13 +167,13 @@ def num_tools_lost(
     return 0
 
 
-def unlike_prompt(
+def template_notes(
     rows: Iterable[Sequence[Any]], names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
-) -> str:  # fmt: skip
-    """Return the generation prompt of the template if the trained text of a row does not contain it.
+) -> tuple[str, ...]:  # fmt: skip
+    """Return notes on what the chat template does to the last learned answers of rows.
 
     Some templates open the turn to be generated with more than they write before an answer, such as ``<think>`` or an
-    empty block of reasoning.
+    empty block of reasoning. Some write an answer without the reasoning in it.
 
     Args:
         rows: cells of rows; the last of each are those of ``names``.
@@ -184,20 +184,34 @@ def unlike_prompt(
         source: source of the rows, for messages.
 
     Returns:
-        The generation prompt of the first row whose text does not begin with its prompt; "" if there is none.
+        A note on the first generation prompt that the trained text lacks, and on the first answer that it lacks.
     """
+    found: dict[str, str] = {}
     for row in rows if reader.is_chat else ():
         own = row[: len(row) - len(names)]
         added = dict(zip(names, row[len(own) :], strict=True))
-        talk = row_conversation(layout, own, added, source, system)
-        talk, whole = _written(reader.tokenizer, talk, source)
+        talk, whole = _written(reader.tokenizer, row_conversation(layout, own, added, source, system), source)
         answers = [i for i, m in enumerate(talk.messages) if m["role"] == "assistant" and i not in talk.given]
-        before = talk.messages[: answers[-1]] if answers else []
-        prompt = _text_of(reader.tokenizer, before, talk, add_generation_prompt=True) if before else None
-        if prompt is not None and not whole.startswith(prompt):
-            plain = _text_of(reader.tokenizer, before, talk)
-            return prompt[_in_common(prompt, whole if plain is None else plain) :]
-    return ""
+        if not answers:
+            continue
+        if lacking := _lacking_prompt(reader.tokenizer, talk, answers[-1], whole):
+            found.setdefault("prompt", f"trained and asked differently: the chat template's generation prompt is "
+                             f"{lacking[:80]!r}, which these answers do not follow in training. Begin them so, or "
+                             "correct the template")  # fmt: skip
+        said = str(talk.messages[answers[-1]]["content"] or "")
+        if "".join(said.split()) not in "".join(whole.split()):
+            found.setdefault("answer", f"the chat template leaves out or changes parts of answers, as of {said[:80]!r}")
+    return tuple(found.values())
+
+
+def _lacking_prompt(tokenizer: Any, talk: Conversation, turn: int, whole: str) -> str:
+    """Return the generation prompt of a turn if the text of the conversation does not begin with its prompt, or ""."""
+    before = talk.messages[:turn]
+    prompt = _text_of(tokenizer, before, talk, add_generation_prompt=True) if before else None
+    if prompt is None or whole.startswith(prompt):
+        return ""
+    plain = _text_of(tokenizer, before, talk)
+    return prompt[_in_common(prompt, whole if plain is None else plain) :]
 
 
 def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Sequence[Message] = ()) -> Encoding:

@@ -272,8 +272,8 @@ def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, colum
             raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
 
 
-def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int, unlike: str) -> tuple[str, ...]:
-    """Return notes on encoded rows; ``unlike`` is a generation prompt that the trained text lacks, or ""."""
+def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> tuple[str, ...]:
+    """Return notes on encoded rows: how many tokens are learned, and how many rows are left out and why."""
     notes = [f"{counts['num_learned']:,} of {num_tokens:,} tokens learned"]
     if counts["num_weightless"]:
         notes.append(f"{counts['num_weightless']} left out: their weight is 0")
@@ -281,9 +281,6 @@ def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int, unl
         notes.append("the tools are not shown to the model: its chat template does not write them")
     if counts["num_answers_cut"]:
         notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
-    if unlike:
-        notes.append(f"trained and asked differently: the chat template's generation prompt is {unlike[:80]!r}, which"
-                     " these answers do not follow in training. Begin them so, or correct the template")  # fmt: skip
     return tuple(notes)
 
 

@@ -49,8 +49,8 @@ from mirrortune.tasks.chat import (
     encode_prompt,
     has_template,
     num_tools_lost,
+    template_notes,
     turn_end_ids,
-    unlike_prompt,
     writes_system,
 )
 from mirrortune.tasks.conversations import (
@@ -254,8 +254,8 @@ class Task(TextTask, WritesText, Answers):
         del arrays["numbers"]
         kept = None if len(rows) == split.table.num_rows else rows
         trained = found if reading.for_training else []
-        unlike = [part[0].unlike_prompt(part[1], made["numbers"], processor) for part, (made, _) in trained]
-        examples = self._examples(arrays, counts, processor, reading.num_tokens, kept, max(unlike, default=""))
+        notes = [n for part, made in trained for n in part[0].template_notes(part[1], made[0]["numbers"], processor)]
+        examples = self._examples(arrays, counts, processor, reading.num_tokens, kept, notes)
         if reading.for_training and (weights != WEIGHT_UNIT).any():
             examples.features["weights"] = np.repeat(weights, examples.lengths)
         if self.answer is not None and not reading.for_training:
@@ -316,12 +316,12 @@ class Task(TextTask, WritesText, Answers):
             stops = [*dict.fromkeys([*stops, tokenizer.eos_token_id])]
         return tuple(stop for stop in stops if stop is not None)
 
-    def unlike_prompt(self, split: Split, numbers: npt.NDArray[Any], processor: TextReader) -> str:
-        """Return the result of :func:`mirrortune.tasks.chat.unlike_prompt` for the first of the rows ``numbers``."""
-        few = split.with_columns(self.added_columns).table.take(numbers[:8].astype(np.int64))
+    def template_notes(self, split: Split, numbers: npt.NDArray[Any], processor: TextReader) -> tuple[str, ...]:
+        """Return the notes of :func:`mirrortune.tasks.chat.template_notes` on the first of the rows ``numbers``."""
+        table = split.with_columns(self.added_columns).table.slice(0, int(numbers[:8].max(initial=-1)) + 1)
         own = replace(processor, is_chat=self.writes_chat(processor.tokenizer))
-        rows = rows_of(few, [c for _, c in self.columns()])
-        return unlike_prompt(rows, self.added_columns, own, self.layout, self.system, split.source)
+        rows = rows_of(table.take(numbers[:8]), [c for _, c in self.columns()])
+        return template_notes(rows, self.added_columns, own, self.layout, self.system, split.source)
 
     def answer_text(self, cell: Any) -> str:
         """Return the text of an answer: the cell itself, or the last message of the assistant in it."""
@@ -487,7 +487,7 @@ class Task(TextTask, WritesText, Answers):
 
     def _examples(
         self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int,
-        kept: Rows | None, unlike: str,
+        kept: Rows | None, notes: Sequence[str],
     ) -> TokenExamples:  # fmt: skip
         fill = Padding.of(processor.tokenizer).fill
         return TokenExamples(
@@ -496,5 +496,5 @@ class Task(TextTask, WritesText, Answers):
             num_truncated=counts["num_truncated"],
             num_dropped=counts["num_answers_cut"] + counts["num_weightless"],
             switches=processor.switches,
-            notes=encoding_notes(counts, len(arrays["targets"]), max_length, unlike),
+            notes=(*encoding_notes(counts, len(arrays["targets"]), max_length), *dict.fromkeys(notes)),
         )  # fmt: skip

@@ -15,8 +15,8 @@ from mirrortune.tasks.chat import (
     encode_continuation,
     encode_conversation,
     save_turn_ends,
+    template_notes,
     turn_end_ids,
-    unlike_prompt,
 )
 from mirrortune.tasks.conversations import Conversation, as_messages
 from tests.tiny_models import CHATML, MARKED, tiny_chat_tokenizer
@@ -179,22 +179,38 @@ def test_a_conversation_of_very_many_turns_is_refused(monkeypatch: pytest.Monkey
     encode_conversation(tiny_chat_tokenizer(CHATML), talk, "row 1", learn_all=True)
 
 
+def notes_on(template: str, *talks: list[dict[str, Any]], system: str = "") -> tuple[str, ...]:
+    """The notes on conversations."""
+    reader = TextReader(tokenizer=tiny_chat_tokenizer(template), is_chat=True, takes_positions=True)
+    return template_notes([(talk,) for talk in talks], (), reader, "messages", system, "rows")
+
+
+def answered(text: str) -> list[dict[str, Any]]:
+    """A conversation of one answer."""
+    return [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": text}]
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 @pytest.mark.parametrize("block", ["<think>\n", "<think>\n\n</think>\n\n"])
-def test_a_prompt_that_training_does_not_contain_is_found(template: str, block: str) -> None:
+def test_a_prompt_that_training_does_not_contain_is_reported(template: str, block: str) -> None:
     opening = "<|im_start|>assistant\n"
-    tokenizer = tiny_chat_tokenizer(template.replace(f"%}}{opening}{{% endif", f"%}}{opening}{block}{{% endif"))
-    reader = TextReader(tokenizer=tokenizer, is_chat=True, takes_positions=True)
-    answers = ["4", f"{block}4", f"{block.strip()}4"]
-    rows = [([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": text}],) for text in answers]
-    found = [unlike_prompt([row], (), reader, "messages", "", "rows") for row in rows]
-    assert found == [opening + block, "", opening + block]
-    assert unlike_prompt(rows[1:], (), reader, "messages", "", "rows") == opening + block
+    template = template.replace(f"%}}{opening}{{% endif", f"%}}{opening}{block}{{% endif")
+    note = f"the chat template's generation prompt is {opening + block!r}, which"
+    for text in ("4", f"{block.strip()}4"):
+        (found,) = notes_on(template, answered(f"{block}4"), answered(text), answered(text))
+        assert note in found
+    assert notes_on(template, answered(f"{block}4")) == ()
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_prompts_of_common_templates_are_those_of_training(template: str) -> None:
-    reader = TextReader(tokenizer=tiny_chat_tokenizer(template), is_chat=True, takes_positions=True)
+def test_an_answer_that_the_template_does_not_write_is_reported(template: str) -> None:
+    """As templates of reasoning models do."""
+    template = template.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] | trim }}")
+    (found,) = notes_on(template, answered("4 "), answered("<think>\nhm</think>\n4"), answered("<think>\n</think>4"))
+    assert found == r"the chat template leaves out or changes parts of answers, as of '<think>\nhm</think>\n4'"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_common_templates_need_no_note(template: str) -> None:
     unanswered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    rows = [(TALK,), (TALK[:2],), (TALK[2:],), (TALK[2:3],), (unanswered,)]
-    assert unlike_prompt(rows, (), reader, "messages", "Be kind.", "rows") == ""
+    assert notes_on(template, TALK, TALK[:2], TALK[2:], TALK[2:3], unanswered, system="Be kind.") == ()
