@@ -215,6 +215,23 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
+@contextlib.contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Compute the adapted weights of dense layers once while the block runs, in which nothing is trained.
+
+    Otherwise every call of the model computes them, which for the single token of a step of generation takes far longer
+    than the layer itself. They take as much memory as the weights of these layers.
+    """
+    found = [module for module in model.modules() if isinstance(module, SpectralWeight)]
+    try:
+        for spectral in found:
+            spectral.keep(kept=True)
+        yield
+    finally:
+        for spectral in found:
+            spectral.keep(kept=False)
+
+
 def unwrapped(model: object) -> nn.Module:
     """Return the model inside the wrappers of torch: ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``
     and ``AveragedModel``.

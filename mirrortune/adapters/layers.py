@@ -288,6 +288,7 @@ class SpectralWeight(Spectral):
     def __init__(self, weight: Tensor, layout: Layout, factors: Factors, core: Core) -> None:
         super().__init__(factors, core, layout, weight)
         self._held: dict[bool, Tensor] | None = None
+        self._is_kept = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return W' in the shape and dtype of ``weight``; for an untrained core it equals ``weight`` bit for bit."""
@@ -299,8 +300,13 @@ class SpectralWeight(Spectral):
         return self._held[wants_graph]
 
     def hold(self, *, held: bool) -> None:
-        """If ``held``, compute W' once and return it for every access; else drop it and compute it at each access."""
-        self._held = {} if held else None
+        """If ``held``, compute W' once and return it for every access; else drop it, unless it is kept."""
+        if not self._is_kept:
+            self._held = {} if held else None
+
+    def keep(self, *, kept: bool) -> None:
+        """If ``kept``, hold W' over many calls of the model, between which nothing is trained; else drop it."""
+        self._is_kept, self._held = kept, {} if kept else None
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -317,20 +323,15 @@ def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight
         module.register_forward_hook(_release, always_call=True)
 
 
-def _hold(module: nn.Module, _: object) -> None:
-    for spectral in _spectral_weights(module):
-        spectral.hold(held=True)
+def _hold(module: nn.Module, *_: object, held: bool = True) -> None:
+    # They are found through the module, because state stored in the hooks would be shared with a copy of the module.
+    for chain in module.get_submodule("parametrizations").children():
+        for spectral in (part for part in chain.children() if isinstance(part, SpectralWeight)):
+            spectral.hold(held=held)
 
 
 def _release(module: nn.Module, *_: object) -> None:
-    for spectral in _spectral_weights(module):
-        spectral.hold(held=False)
-
-
-def _spectral_weights(module: nn.Module) -> list[SpectralWeight]:
-    # They are found through the module, because state stored in the hooks would be shared with a copy of the module.
-    chains = module.get_submodule("parametrizations").children()
-    return [p for chain in chains for p in chain.children() if isinstance(p, SpectralWeight)]
+    _hold(module, held=False)
 
 
 def spectral_product(

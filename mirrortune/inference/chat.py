@@ -20,6 +20,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from typing_extensions import override
 
+from mirrortune.adapters.inject import weights_kept
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
@@ -177,7 +178,7 @@ class Chat:
         sampler = RowSampler(self.options, np.array([self._num_answers])) if self.options.is_sampled else None
         self._num_answers += 1
         model: Any = speaker.model
-        with speaker.context():
+        with speaker.context(), weights_kept(speaker.model):
             model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=room, num_beams=1,
                 do_sample=False, use_cache=True, eos_token_id=stops or None,

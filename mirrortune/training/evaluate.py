@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mirrortune.adapters.inject import weights_kept
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.loader import forward, made_ahead, pinned
 from mirrortune.errors import DataError
@@ -124,7 +125,8 @@ def _scored(
     """Run the model on all rows and gather the results of all ranks."""
     on_batch, should_stop, around = how.get("on_batch"), how.get("should_stop"), how.get("around", unchanged)
     found: list[_Scored] = []
-    with evaluating(model):
+    kept = nullcontext() if Sharding.of(accelerator).shards_weights else weights_kept(model)
+    with evaluating(model), kept:
         slices = _slices(examples.lengths, accelerator.num_processes, how["batch_size"], how.get("max_positions"))
         with closing(_batches(examples, accelerator, slices, how.get("num_workers", 0))) as batches:
             for rows, batch in batches:

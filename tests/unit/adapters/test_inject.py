@@ -17,7 +17,9 @@ from mirrortune.adapters.inject import (
     plain_parameters,
     spectral_layers,
     trainable_parameters,
+    weights_kept,
 )
+from mirrortune.adapters.layers import Spectral
 from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs, unused_layer_settings
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
@@ -356,3 +358,30 @@ def test_a_float64_model_is_adapted_in_float64(method: str, strategy: str) -> No
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapter_parameters(model).values())
     assert outputs[torch.float64].dtype == torch.float64
     torch.testing.assert_close(outputs[torch.float64].float(), outputs[torch.float32], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_weights_are_computed_once_and_dropped_when_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny_causal(), AdapterSpec(strategy="dense")).eval()
+    layers = spectral_layers(model)
+    for number, layer in enumerate(layers.values()):
+        train_a_little(layer.core, number)
+    ids = torch.arange(8)[None] + 3
+    write = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
+             "return_dict_in_generate": True, "pad_token_id": 0}  # fmt: skip
+    expected = model.generate(ids, **write)  # type: ignore[operator]
+    adapt, calls = Spectral.adapt, []
+    monkeypatch.setattr(Spectral, "adapt", lambda own, *given: calls.append(own) or adapt(own, *given))
+
+    with torch.no_grad(), weights_kept(model):
+        found = model.generate(ids, **write)  # type: ignore[operator]
+    assert len(calls) == len(layers) == len(set(calls))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+
+    for number, layer in enumerate(layers.values()):
+        train_a_little(layer.core, 100 + number)
+    with torch.no_grad():
+        changed = model(input_ids=ids).logits[:, -1]
+    assert not torch.equal(changed, expected.logits[0])
+    model(input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model).values())
