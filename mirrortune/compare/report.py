@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mirrortune.system.atomic import write_files_atomically
 from mirrortune.system.console import Reporter, kilobytes
 from mirrortune.system.outputs import Input
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.metrics import METRICS
+from mirrortune.tasks.metrics import METRICS, Metric
 
 # Taken from the first reported run, since they are nearly the same for all seeds.
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
@@ -255,7 +255,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
         samples = {label: _sample(comparison, task, label, m, split) for label, m in finished.items()}
         rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
         samples = {label: samples[label] for label in complete}
-        compute = METRICS[metric].fast or METRICS[metric].compute
+        compute = _metric_of(METRICS[metric], samples[reference].kind if reference in samples else "")
         if "rank" in METRICS[metric].targets:  # references that each model gave, which is what is tested then
             samples = {label: sample.by_ranks() for label, sample in samples.items()}
             compute = METRICS[metric].of_ranks
@@ -355,8 +355,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any], split: str) -> Sample:
     values = tuple(method["reported"][split]["values"])
-    are_probabilities = METRICS[method["metric"]].takes_probabilities
-    kept = "probabilities" if are_probabilities else "predictions"
+    kind = "probabilities" if METRICS[method["metric"]].takes_probabilities else "predictions"
     predictions, references = [], []
     for seed in method["seeds"]:
         path = Cell(task, label, method["lr"], seed).folder(comparison.root) / "predictions.safetensors"
@@ -364,12 +363,20 @@ def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any
         if f"{split}.references" not in arrays:
             return Sample(values=values)
         references.append(arrays[f"{split}.references"])
-        if f"{split}.{kept}" in arrays:  # runs of earlier versions have no probabilities
-            predictions.append(arrays[f"{split}.{kept}"])
+        kind = "scores" if f"{split}.scores" in arrays else kind
+        if f"{split}.{kind}" in arrays:  # runs of earlier versions have no probabilities
+            predictions.append(arrays[f"{split}.{kind}"])
     return Sample(
         values=values, predictions=tuple(predictions) if len(predictions) == len(references) else None,
-        references=tuple(references), are_probabilities=are_probabilities,
+        references=tuple(references), kind=kind,
     )  # fmt: skip
+
+
+def _metric_of(metric: Metric, kind: str) -> Callable[[Any, Any], float]:
+    """Return the function of (:attr:`Sample.predictions`, :attr:`Sample.references`) that computes a metric."""
+    if kind == "scores":
+        return lambda scores, _: metric.of_rows(scores)
+    return metric.fast or metric.compute
 
 
 def _histories(comparison: Comparison, task: str, label: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:

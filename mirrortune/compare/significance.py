@@ -50,13 +50,14 @@ class Sample:
         predictions: predictions of each seed's rows, each of shape (rows,); None if they were not kept or are not what
             the metric takes.
         references: references of each seed's rows; None if they were not kept.
-        are_probabilities: the predictions are probabilities of classes, each of shape (rows, classes).
+        kind: what the predictions are: ``predictions``, ``probabilities`` of classes, (rows, classes) each, or
+            ``scores``, numbers of which the metric is computed, (rows,) or (rows, K) each.
     """
 
     values: tuple[float, ...]
     predictions: tuple[Array, ...] | None = None
     references: tuple[Array, ...] | None = None
-    are_probabilities: bool = False
+    kind: str = "predictions"
 
     def by_ranks(self) -> Sample:
         """Return the sample of a task whose references are ranks that the model gave: with these as predictions."""
@@ -133,7 +134,7 @@ def bootstrap_interval(
     random = np.random.default_rng(seed)
     references = base.references
     count = _RESAMPLES
-    if sample.are_probabilities:
+    if sample.kind == "probabilities":
         count = min(_RESAMPLES, max(_FEWEST, _MOST_PROBABILITIES // max(1, sample.predictions[0].size)))
     is_shared = all(len(r) == len(references[0]) and np.array_equal(r, references[0]) for r in references)
     differences = np.empty(count)

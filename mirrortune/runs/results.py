@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -38,9 +39,9 @@ from mirrortune.system.devices import peak_resident_bytes, resolve_precision
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.metrics import METRICS
-from mirrortune.training.evaluate import evaluate_split
+from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import FitResult
 
 _ENVIRONMENT = "environment.json"
@@ -253,8 +254,8 @@ def score_reported(
     """Score the kept checkpoint on every split of ``job.reported``; return metrics by the name of the split.
 
     Numeric predictions and references are written to ``predictions.safetensors`` as ``<split>.predictions`` and
-    ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row. If the selection
-    metric scores probabilities, these are written too, as ``<split>.probabilities``.
+    ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row; see
+    :func:`_kept_of_rows` for texts and probabilities.
 
     Args:
         job: job of the run.
@@ -274,9 +275,7 @@ def score_reported(
             num_workers=job.settings.loop.num_workers,
         )  # fmt: skip
         found[name] = outcome.metrics
-        kept = {"predictions": outcome.predictions, "references": outcome.references}
-        if METRICS[job.task.selection_metric].takes_probabilities:
-            kept["probabilities"] = job.task.probabilities(outcome.judged)
+        kept = _kept_of_rows(job.task, outcome)
         for what, values in kept.items():
             if isinstance(values, np.ndarray):
                 arrays[f"{name}.{what}"] = np.ascontiguousarray(values)
@@ -288,6 +287,24 @@ def score_reported(
     if accelerator.is_main_process:
         run.write_file("predictions.safetensors", write)
     return found
+
+
+def _kept_of_rows(task: Task, outcome: EvalResult) -> dict[str, Any]:
+    """Return what a comparison by the selection metric needs of each row: predictions and references, and probabilities
+    if the metric takes them; instead of texts and tags, the metric's numbers of each row, and digests of references.
+    """
+    metric = METRICS[task.selection_metric]
+    predictions, references = outcome.predictions, outcome.references
+    if metric.by_row is not None and not isinstance(predictions, np.ndarray):
+        return {"scores": metric.by_row(predictions, references), "references": np.array([*map(_digest, references)])}
+    odds = task.probabilities(outcome.judged) if metric.takes_probabilities else None
+    return {"predictions": predictions, "references": references, "probabilities": odds}
+
+
+def _digest(reference: Any) -> int:
+    """Return an integer that is equal for equal texts or lists of texts."""
+    text = json.dumps(reference).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def environment(

@@ -41,6 +41,9 @@ class Metric:
         requires: an optional module, and the extra of this package that installs it.
         takes_probabilities: whether ``compute`` takes the probability of each class (N, C) instead of predictions.
         fast: computes the same value, but for rounding, fast enough for thousands of resamples; None if ``compute`` is.
+        by_row: (predictions, references) -> numbers of each row, (N,) or (N, K), for texts and tags; None if the metric
+            cannot be computed from such numbers.
+        of_rows: numbers of rows -> value.
     """
 
     compute: Callable[[Any, Any], float]
@@ -51,6 +54,8 @@ class Metric:
     requires: tuple[str, str] | None = None
     takes_probabilities: bool = False
     fast: Callable[[Any, Any], float] | None = None
+    by_row: Callable[[Any, Any], npt.NDArray[np.float64]] | None = None
+    of_rows: Callable[[npt.NDArray[np.float64]], float] = lambda numbers: float(numbers.mean())
 
     def of_ranks(self, ranks: Array, _: Array) -> float:
         """Score ranks alone, for a metric of the target ``"rank"``; the second argument is ignored."""
@@ -157,6 +162,32 @@ def _tags(predictions: Array, references: Array, *, name: str) -> float:
     return float(getattr(seqeval.metrics, name)(references, predictions, zero_division=0))
 
 
+def _entities_by_row(predictions: Any, references: Any) -> npt.NDArray[np.float64]:
+    """Return the numbers of correct, of predicted and of true entities, (N, 3)."""
+    from seqeval.metrics.sequence_labeling import get_entities  # noqa: PLC0415
+
+    pairs = [(set(get_entities(p)), set(get_entities(r))) for p, r in zip(predictions, references, strict=True)]
+    return np.array([[len(p & r), len(p), len(r)] for p, r in pairs], dtype=np.float64).reshape(-1, 3)
+
+
+def _of_entities(numbers: npt.NDArray[np.float64], *, name: str) -> float:
+    correct, predicted, true = numbers.sum(axis=0)
+    base = {"precision_score": predicted, "recall_score": true, "f1_score": (predicted + true) / 2}[name]
+    return float(correct / base) if base else 0.0
+
+
+def _tags_by_row(predictions: Any, references: Any) -> npt.NDArray[np.float64]:
+    """Return the numbers of correct tags and of all tags, (N, 2)."""
+    pairs = zip(predictions, references, strict=True)
+    found = [[sum(a == b for a, b in zip(p, r, strict=True)), len(r)] for p, r in pairs]
+    return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+def _share(numbers: npt.NDArray[np.float64]) -> float:
+    right, count = numbers.sum(axis=0)
+    return float(right / count) if count else 0.0
+
+
 def _tag_accuracy(predictions: Any, references: Any) -> float:
     right = [
         p == r for row, truth in zip(predictions, references, strict=True) for p, r in zip(row, truth, strict=True)
@@ -183,13 +214,19 @@ def _overlap(answer: str, truth: str) -> float:
 
 
 def _best_answer(predictions: Any, references: Any, *, compare: Callable[[str, str], float]) -> float:
-    """Return the mean over questions of the best score against any true answer; "" is correct if there is none.
+    return float(np.mean(_best_answers(predictions, references, compare=compare)))
+
+
+def _best_answers(
+    predictions: Any, references: Any, *, compare: Callable[[str, str], float]
+) -> npt.NDArray[np.float64]:
+    """Return the best score of each question against any true answer, (N,); "" is correct if there is none.
 
     As in the official script of SQuAD 2.0, an answer of only articles and punctuation counts as no answer.
     """
     rights = ([truth for truth in right if _plain(truth)] or [""] for right in references)
     pairs = zip(predictions, rights, strict=True)
-    return float(np.mean([max(compare(answer, truth) for truth in right) for answer, right in pairs]))
+    return np.array([max(compare(answer, truth) for truth in right) for answer, right in pairs])
 
 
 def _exact_match(predictions: Any, references: Any) -> float:
@@ -233,12 +270,16 @@ def _token_accuracy(predictions: Array, references: Array) -> float:
 
 
 def _rouge(predictions: Any, references: Any, *, name: str) -> float:
+    return float(np.mean(_rouge_by_row(predictions, references, name=name)))
+
+
+def _rouge_by_row(predictions: Any, references: Any, *, name: str) -> npt.NDArray[np.float64]:
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
     scorer = RougeScorer([name], use_stemmer=True)
     # rougeLsum treats lines as sentences.
     pairs = zip(predictions, references, strict=True)
-    return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
+    return np.array([scorer.score(truth, text)[name].fmeasure for text, truth in pairs])
 
 
 def _corpus(predictions: Any, references: Any, *, name: str) -> float:
@@ -277,16 +318,36 @@ METRICS: dict[str, Metric] = {
     "mae": Metric(compute=partial(_error, power=1), higher_is_better=False, is_share=False, targets=("number",)),
     "rmse": Metric(compute=_root_error, higher_is_better=False, is_share=False, targets=("number",)),
     "r2": Metric(compute=_r2, is_share=False, targets=("number",)),
-    "entity_f1": Metric(compute=partial(_tags, name="f1_score"), targets=("tags",), requires=_SEQEVAL),
-    "entity_precision": Metric(compute=partial(_tags, name="precision_score"), targets=("tags",), requires=_SEQEVAL),
-    "entity_recall": Metric(compute=partial(_tags, name="recall_score"), targets=("tags",), requires=_SEQEVAL),
-    "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",)),
-    "exact_match": Metric(compute=_exact_match, targets=("answers", "written")),
-    "squad_f1": Metric(compute=partial(_best_answer, compare=_overlap), targets=("answers",)),
-    "rouge1": Metric(compute=partial(_rouge, name="rouge1"), targets=("text",), requires=_ROUGE),
-    "rouge2": Metric(compute=partial(_rouge, name="rouge2"), targets=("text",), requires=_ROUGE),
-    "rougeL": Metric(compute=partial(_rouge, name="rougeL"), targets=("text",), requires=_ROUGE),
-    "rougeLsum": Metric(compute=partial(_rouge, name="rougeLsum"), targets=("text",), requires=_ROUGE),
+    **{
+        f"entity_{own}": Metric(
+            compute=partial(_tags, name=f"{own}_score"),
+            targets=("tags",),
+            requires=_SEQEVAL,
+            by_row=_entities_by_row,
+            of_rows=partial(_of_entities, name=f"{own}_score"),
+        )
+        for own in ("f1", "precision", "recall")
+    },
+    "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",), by_row=_tags_by_row, of_rows=_share),
+    "exact_match": Metric(
+        compute=_exact_match,
+        targets=("answers", "written"),
+        by_row=partial(_best_answers, compare=_exact),
+    ),
+    "squad_f1": Metric(
+        compute=partial(_best_answer, compare=_overlap),
+        targets=("answers",),
+        by_row=partial(_best_answers, compare=_overlap),
+    ),
+    **{
+        name: Metric(
+            compute=partial(_rouge, name=name),
+            targets=("text",),
+            requires=_ROUGE,
+            by_row=partial(_rouge_by_row, name=name),
+        )
+        for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    },
     "bleu": Metric(compute=partial(_corpus, name="corpus_bleu"), targets=("text",), is_share=False, requires=_BLEU),
     "chrf": Metric(compute=partial(_corpus, name="corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
     "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token", "written")),

@@ -136,6 +136,20 @@ def test_scores_of_probabilities_are_tested_over_seeds_and_rows(tmp_path: Path, 
     assert "with its 95% bootstrap interval over seeds and rows" in table
 
 
+def test_scores_of_texts_are_tested_over_seeds_and_rows(tmp_path: Path) -> None:
+    compared, references = comparison(tmp_path, seeds=2), np.arange(60)
+    for label, share in (("mirror", 0.5), ("none", 0.9)):
+        scores = (references % 10 < 10 * share).astype(float)
+        for seed in range(2):
+            arrays = {"test.scores": scores, "test.references": references}
+            finish(compared, label, seed, float(scores.mean()), "test", metric="squad_f1", arrays=arrays)
+    found, table = report(compared)
+    (test,) = found["tests"]["test"]
+    assert test["low"] < test["difference"] < test["high"]
+    assert (found["rows"], test["verdict"]) == ({"test": 60}, "better")
+    assert "with its 95% bootstrap interval over seeds and rows" in table
+
+
 def test_probabilities_that_runs_do_not_keep_are_not_resampled(tmp_path: Path) -> None:
     compared, references = comparison(tmp_path, seeds=3), np.arange(40) % 2
     for seed in range(3):

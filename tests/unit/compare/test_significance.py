@@ -151,6 +151,6 @@ def test_large_tables_of_probabilities_are_resampled_less_often() -> None:
         return float(odds[:, 0].mean())
 
     odds = np.zeros((4_000, 100))
-    own = Sample(values=(0.0, 0.0), predictions=(odds,) * 2, references=(odds[:, 0],) * 2, are_probabilities=True)
+    own = Sample(values=(0.0, 0.0), predictions=(odds,) * 2, references=(odds[:, 0],) * 2, kind="probabilities")
     assert bootstrap_interval(own, own, metric, seed=0) == (0.0, 0.0)
     assert len(seen) == 4 * 500

@@ -216,3 +216,15 @@ def test_probabilities_are_kept_where_the_metric_scores_them(
     assert not kept
     assert (odds is None) == (metric == "accuracy")
     assert odds is None or odds[:, 1] == pytest.approx([1 / (1 + np.exp(-1)), 1 / (1 + np.e), 0.5], abs=1e-12)
+
+
+def test_numbers_of_rows_are_kept_of_texts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [["Rome"], ["Paris", "paris"], ["Rome"]]
+    outcome = EvalResult(metrics={}, rows=3, judged=[], predictions=["Rome", "x", "Rome now"], references=right)
+    monkeypatch.setattr(results, "evaluate_split", lambda *_, **__: outcome)
+    job = Mock(task=Mock(selection_metric="squad_f1"), reported={"test": Mock()})
+    results.score_reported(job, Mock(), run, Mock(), Mock())
+    kept = load_file(run.path / "predictions.safetensors")
+    assert kept["test.scores"].tolist() == pytest.approx([1, 0, 2 / 3])
+    first, second, third = kept["test.references"].tolist()
+    assert first == third != second

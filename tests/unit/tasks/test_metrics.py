@@ -277,3 +277,29 @@ def test_the_log_loss_by_row_is_that_of_scikit_learn() -> None:
     odds[0] = np.eye(4)[(truth[0] + 1) % 4]  # certain, and wrong
     assert metric.fast is not None
     assert metric.fast(odds, truth) == pytest.approx(metric.compute(odds, truth), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.by_row is not None])
+def test_values_of_rows_are_those_of_all(name: str) -> None:
+    metric = METRICS[name]
+    if "tags" in metric.targets:
+        given = [["B-A", "I-A", "O", "B-B"], ["O", "O"], ["B-A"], ["I-B", "B-A"]]
+        right = [["B-A", "I-A", "O", "B-A"], ["O", "B-B"], ["B-A"], ["B-B", "B-A"]]
+    else:
+        given = ["the red fox", "a dog", "", "cats"]
+        right = ["a red fox ran", "two dogs", "none", "cats"]
+    references = [[text] for text in right] if "answers" in metric.targets else right
+    assert metric.by_row is not None
+    numbers = metric.by_row(given, references)
+    assert len(numbers) == 4
+    assert metric.of_rows(numbers) == pytest.approx(metric.compute(given, references), abs=1e-12)
+    assert 0 < metric.of_rows(numbers) < 1
+    rows = [1, 1, 3]
+    again = metric.compute([given[row] for row in rows], [references[row] for row in rows])
+    assert metric.of_rows(numbers[rows]) == pytest.approx(again, abs=1e-12)
+
+
+def test_rows_without_entities_have_a_value() -> None:
+    metric = METRICS["entity_f1"]
+    assert metric.by_row is not None
+    assert metric.of_rows(metric.by_row([["O"], []], [["O"], []])) == 0.0
