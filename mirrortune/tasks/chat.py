@@ -218,7 +218,7 @@ def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Se
     """Tokenise a prompt, its completion and the end token; the completion and the end token are learned.
 
     The texts are concatenated, with a line break between them if neither has white space there. Earlier turns come
-    first, each followed by an empty line except for questions; their answers are learned.
+    first, each followed by an empty line except for questions; their answers are learned unless their weight is 0.
     """
     text, spans = "", []
     turns = [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -227,7 +227,7 @@ def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Se
         if turn["role"] == "assistant":
             if text and said and not text[-1].isspace() and not said[0].isspace():
                 text += "\n"
-            spans.append((len(text), len(text) + len(said)))
+            spans += [(len(text), len(text) + len(said))] if turn.get("weight", 1.0) else []
         text += said if turn["role"] == "user" or turn is turns[-1] else f"{said}\n\n"
     ids, learned = encode_spans(tokenizer, text, spans)
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add the end token

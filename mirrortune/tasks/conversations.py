@@ -3,7 +3,7 @@
 
 The supported formats are those of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1),
 ShareGPT (``conversations`` of ``from`` and ``value``), and LLaMA-Factory (columns ``system``, ``tools`` and
-``history``).
+``history``). Axolotl's ``train`` and ms-swift's ``loss`` of a turn, true or false, are equivalent to ``weight``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _ROLES = {
 }  # fmt: skip
 _ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
 _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
+_FLAGS = ("train", "training", "loss")
+"""Fields that say whether a turn is learned, beside ``weight``."""
 # Column name in data sets -> the part that the column adds to the conversation of a row.
 _ADDITIONS = {
     "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
@@ -227,14 +229,18 @@ def alpaca_prompt(instruction: str, context: str) -> str:
 def asked_text(
     layout: str, texts: Sequence[str], added: dict[str, Any], where: str
 ) -> tuple[str, list[Message]]:  # fmt: skip
-    """Return the prompt and the earlier turns of a row that is not formatted by a chat template."""
+    """Return the prompt and the earlier turns of a row that is not formatted by a chat template.
+
+    Earlier turns have a ``weight`` of 1, or 0 for those that are not learned.
+    """
     if layout == "text":
         return texts[0], []
     prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
     before: list[Message] = []
     if any(added.values()):
         turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        before = conversation(turns, added, where).messages[:-2]
+        talk = conversation(turns, added, where)
+        before = [{**m, "weight": float(i not in talk.given)} for i, m in enumerate(talk.messages[:-2])]
     if layout == "alpaca":
         before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
     return prompt, before
@@ -300,6 +306,13 @@ def as_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def last_answer(value: Any, where: str, *, learned: bool) -> str:
+    """Return the content of the assistant's last turn in a cell, or of the last one that is learned; "" for none."""
+    said = [m for m in as_messages(value, where) if m["role"] == "assistant"]
+    texts = [m["content"] or "" for m in said if not learned or m.get("weight", 1.0)]
+    return str(texts[-1]) if texts else ""
+
+
 def as_history(value: Any, where: str) -> list[Message]:
     """Convert earlier turns to messages; ``value`` holds messages, or pairs of a user's and an assistant's text."""
     turns: list[Message] = []
@@ -328,11 +341,14 @@ def _as_message(given: Any, where: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     kept = {key: value for key, value in turn.items() if value is not None and key not in _OWN_KEYS}
     name = role.strip().lower() if isinstance(role, str) else ""
+    weights = [float(kept.pop(flag)) for flag in _FLAGS if isinstance(kept.get(flag), int) and kept[flag] in (0, 1)]
     if turn.get("weight") is not None:
-        kept["weight"] = _as_weight(turn["weight"], where)
-        if kept["weight"] not in (0.0, 1.0):
+        weights.append(_as_weight(turn["weight"], where))
+        if weights[-1] not in (0.0, 1.0):
             raise DataError(where, f"a turn has weight {turn['weight']!r}", allowed="0 (not learned) or 1",
                             fix="Put other weights into a column 'weight' of the row")  # fmt: skip
+    if weights:
+        kept["weight"] = min(weights)
     if name == "function_call" and isinstance(content, str):  # a tool call in ShareGPT's format
         kept["tool_calls"] = _as_calls(_parsed(content, where))
         name, content = "assistant", None

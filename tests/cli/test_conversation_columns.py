@@ -116,6 +116,16 @@ def test_answers_that_are_asked_for_differently_are_reported(desk: Path) -> None
     assert said.count(r"the chat template's generation prompt is '<|im_start|>assistant\n<think>\n', which") == 1
 
 
+def test_turns_marked_as_not_learned_are_shown_so(desk: Path, plain: Path) -> None:
+    asked, bad = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"}
+    good = {"role": "assistant", "content": "good"}
+    turns = [asked, {**bad, "train": False}, asked, {**good, "train": True}]
+    write(desk / "messages.jsonl", [{"messages": turns}] * 8)
+    write(desk / "pairs.jsonl", [{"prompt": turns[:1], "completion": [{**bad, "loss": False}, asked, good]}] * 8)
+    for name in ("messages.jsonl", "pairs.jsonl"):
+        assert "learned: good<|im_end|> " in prepare(plain, name).said
+
+
 def test_empty_answers_are_refused_with_a_count(desk: Path, plain: Path) -> None:
     rows = [{"prompt": "a", "completion": "" if i < 2 else "b"} for i in range(9)]
     write(desk / "train.jsonl", rows)

@@ -58,12 +58,12 @@ from mirrortune.tasks.conversations import (
     EMPTY,
     SILENT,
     additions,
-    as_messages,
     asked_conversation,
     asked_text,
     begins_with_space,
     choose_layout,
     encoding_notes,
+    last_answer,
     refuse_faults,
     row_conversation,
     row_weight,
@@ -118,7 +118,7 @@ class Task(TextTask, WritesText, Answers):
     system: str = field(default="", metadata=RARE)
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
-    version: int = 3
+    version: int = 4
 
     @classmethod
     @override
@@ -300,7 +300,7 @@ class Task(TextTask, WritesText, Answers):
         expected: list[str] = []
         for (reader, split, _), (arrays, _) in found:
             column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"].astype(np.int64)
-            texts = [reader.answer_text(cell) for cell in cells(split.table.take(numbers), column)]
+            texts = [reader.answer_text(cell, learned=True) for cell in cells(split.table.take(numbers), column)]
             expected += expected_answers(texts, self.answer, split, numbers, column)
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
         return AnsweredExamples(
@@ -323,12 +323,10 @@ class Task(TextTask, WritesText, Answers):
         rows = rows_of(table.take(numbers[:8]), [c for _, c in self.columns()])
         return template_notes(rows, self.added_columns, own, self.layout, self.system, split.source)
 
-    def answer_text(self, cell: Any) -> str:
-        """Return the text of an answer: the cell itself, or the last message of the assistant in it."""
-        if self.layout not in ("messages", "turns"):
-            return str(cell or "")
-        said = [m for m in as_messages(cell, "task.answer") if m.get("role") == "assistant"]
-        return str(said[-1].get("content") or "") if said else ""
+    def answer_text(self, cell: Any, *, learned: bool = False) -> str:
+        """Return the text of an answer: the cell itself, or the last (learned) message of the assistant in it."""
+        is_chat = self.layout in ("messages", "turns")
+        return last_answer(cell, "task.answer", learned=learned) if is_chat else str(cell or "")
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:

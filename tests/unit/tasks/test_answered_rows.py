@@ -35,6 +35,18 @@ def encoded(rows: list[tuple[str, str]], **settings: Any) -> tuple[Task, Any]:
     return task, task.encode(Split(table=table, source="rows"), reader, Reading(max_length=128))
 
 
+def test_the_answer_that_is_scored_is_the_last_one_that_is_learned() -> None:
+    said = (("user", "a"), ("assistant", "#### 1"), ("user", "b"), ("assistant", "#### 2"))
+    turns = [{"role": role, "content": text, "train": text == "#### 1"} for role, text in said]
+    table = pa.table({"messages": [turns]})
+    task, _ = Task.from_rows(table, "rows", answer="gsm8k")
+    reader = TextReader(tokenizer=tiny_chat_tokenizer(), is_chat=True, takes_positions=True)
+    examples = task.encode(Split(table=table, source="rows"), reader, Reading(max_length=128))
+    assert isinstance(examples, AnsweredExamples)
+    assert examples.expected == ("1",)
+    assert reader.tokenizer.decode(examples.prompt(0)) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "OPT"])
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_a_batch_gives_what_each_row_gives_alone(family: str, form: str) -> None:

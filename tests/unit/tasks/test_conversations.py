@@ -8,8 +8,22 @@ from typing import Any
 import pytest
 
 from mirrortune.errors import DataError
-from mirrortune.tasks.chat import LostAnswerError, encode_conversation, turn_end_ids, writes_tools
-from mirrortune.tasks.conversations import Conversation, alpaca_prompt, as_messages, conversation, row_weight
+from mirrortune.tasks.chat import (
+    LostAnswerError,
+    encode_continuation,
+    encode_conversation,
+    turn_end_ids,
+    writes_tools,
+)  # fmt: skip
+from mirrortune.tasks.conversations import (
+    Conversation,
+    alpaca_prompt,
+    as_history,
+    as_messages,
+    asked_text,
+    conversation,
+    row_weight,
+)  # fmt: skip
 from tests.tiny_models import CHATML, MARKED, TOOL_CHATML, tiny_chat_tokenizer
 
 # The shapes of well-known templates, as far as they differ.
@@ -188,6 +202,30 @@ def test_turns_of_weight_zero_are_not_learned(template: str) -> None:
     assert learned(template, [ASKED, first, ASKED, {"role": "assistant", "content": "second"}]) == "second<|im_end|>"
     with pytest.raises(DataError, match=r"a turn has weight 0\.5\. Allowed: 0 \(not learned\) or 1"):
         learned(template, [ASKED, {**first, "weight": 0.5}])
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("flag", ["train", "training", "loss"])
+def test_turns_that_other_tools_leave_out_are_not_learned(template: str, flag: str) -> None:
+    first, second = ({"role": "assistant", "content": text} for text in ("first", "second"))
+    for no, yes in ((False, True), (0, 1)):
+        assert learned(template, [ASKED, {**first, flag: no}, ASKED, {**second, flag: yes}]) == "second<|im_end|>"
+    assert learned(template, [ASKED, {**first, flag: True, "weight": 0}, ASKED, second]) == "second<|im_end|>"
+    value = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "first", flag: False}]
+    assert conversation(as_messages(value, "row 1"), {}, "row 1").given == (1,)
+
+
+def test_a_number_that_is_no_flag_stays_a_field_of_its_turn() -> None:
+    turn = {"role": "assistant", "content": "a", "loss": 0.0, "train": "yes"}
+    assert as_messages([turn], "row 1") == [turn]
+
+
+def test_earlier_turns_that_are_not_learned_are_marked_without_a_template_too() -> None:
+    history = [ASKED, {"role": "assistant", "content": "old", "train": False}, *as_history([["c", "new"]], "row 1")]
+    prompt, before = asked_text("prompt", ["d"], {"history": history}, "row 1")
+    tokenizer = tiny_chat_tokenizer(None)
+    ids, mask = encode_continuation(tokenizer, prompt, "e", before)
+    assert tokenizer.decode([i for i, use in zip(ids, mask, strict=True) if use]) == "newe<|im_end|>"
 
 
 def test_whether_a_template_writes_tools_is_known() -> None:
