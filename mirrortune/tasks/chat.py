@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from mirrortune.data.files.arrow import Columns
 from mirrortune.errors import DataError, first_line
-from mirrortune.tasks.conversations import Conversation, Message, meaning_of, row_conversation
+from mirrortune.tasks.conversations import Conversation, Message, count_unread, meaning_of, row_conversation
 
 Encoding = tuple[list[int], list[bool]]
 """Token ids of a row, and whether each token is learned."""
@@ -72,8 +73,9 @@ class TextReader:
 
 
 def encode_conversation(
-    tokenizer: Any, conversation: Conversation, where: str, *, learn_all: bool = False, may_be_empty: bool = False
-) -> Encoding:
+    tokenizer: Any, conversation: Conversation, where: str, *, learn_all: bool = False, may_be_empty: bool = False,
+    counts: Counter[str] | None = None,
+) -> Encoding:  # fmt: skip
     """Tokenise a conversation with the tokenizer's chat template; the assistant's turns are learned.
 
     Args:
@@ -82,12 +84,15 @@ def encode_conversation(
         where: place of the row, for messages.
         learn_all: whether all tokens are learned.
         may_be_empty: whether empty answers are allowed, as in evaluation.
+        counts: counts of rows, to which those of :func:`count_unread` are added.
 
     Raises:
         LostAnswerError: only the end of an answer would be learned, or the template omits its tool calls.
         DataError: the template refuses the turns, or it has no marks and its turns are not prefixes.
     """
     talk, whole = _written(tokenizer, conversation, where)
+    if counts is not None:
+        count_unread(counts, talk.messages, whole, lambda messages: _text_of(tokenizer, messages, talk))
     if learn_all:
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids), [True] * len(ids)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +35,8 @@ _ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
 _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
 _FLAGS = ("train", "training", "loss")
 """Fields that say whether a turn is learned, beside ``weight``."""
+_ALWAYS_READ = ("role", "content", "tool_calls", "tool_call_id", "weight")
+_UNREAD, _MOST_NAMED = "unread ", 8
 # Column name in data sets -> the part that the column adds to the conversation of a row.
 _ADDITIONS = {
     "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
@@ -278,6 +281,30 @@ def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, colum
             raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
 
 
+def count_unread(
+    counts: Counter[str], messages: Sequence[Message], whole: str, write: Callable[[list[Message]], str | None]
+) -> None:  # fmt: skip
+    """Count the row in ``counts`` for each field of its turns that has no influence on its text.
+
+    Args:
+        counts: counts of :func:`encoding_notes`.
+        messages: turns of the row.
+        whole: text of the row.
+        write: returns the text of other turns, or None if they are refused.
+    """
+    given = {key for m in messages for key, value in m.items() if value not in (None, "", [], {})}
+    names = sorted(given.difference(_ALWAYS_READ))
+    unread = names if names and write(_without_fields(messages, names)) == whole else []
+    for name in () if unread else names:
+        if write(_without_fields(messages, [*unread, name])) == whole:
+            unread = [*unread, name]
+    counts.update(f"{_UNREAD}{ascii(name)[1:-1][:60]}" for name in unread)
+
+
+def _without_fields(messages: Sequence[Message], names: Sequence[str]) -> list[Message]:
+    return [{key: value for key, value in m.items() if key not in names} for m in messages]
+
+
 def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> tuple[str, ...]:
     """Return notes on encoded rows: how many tokens are learned, and how many rows are left out and why."""
     notes = [f"{counts['num_learned']:,} of {num_tokens:,} tokens learned"]
@@ -285,6 +312,10 @@ def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> 
         notes.append(f"{counts['num_weightless']} left out: their weight is 0")
     if counts["num_tools_lost"]:
         notes.append("the tools are not shown to the model: its chat template does not write them")
+    if unread := sorted(name.removeprefix(_UNREAD) for name in counts if name.startswith(_UNREAD)):
+        more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
+        plural = "s" if len(unread) > 1 else ""
+        notes.append(f"field{plural} of turns not used: {', '.join(unread[:_MOST_NAMED])}{more}")
     if counts["num_answers_cut"]:
         notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
     return tuple(notes)

@@ -116,6 +116,13 @@ def test_answers_that_are_asked_for_differently_are_reported(desk: Path) -> None
     assert said.count(r"the chat template's generation prompt is '<|im_start|>assistant\n<think>\n', which") == 1
 
 
+def test_fields_of_turns_that_are_not_used_are_named(desk: Path, plain: Path) -> None:
+    answer = {"role": "assistant", "content": "hello", "score": 5, "train_detail": [{"train": False}], "train": True}
+    write(desk / "rows.jsonl", [{"messages": [TALKS[2][0], answer]}] * 8)
+    for _ in range(2):  # the second time, the counts come from the cache
+        assert prepare(plain, "rows.jsonl").said.count("fields of turns not used: score, train_detail") == 2
+
+
 def test_turns_marked_as_not_learned_are_shown_so(desk: Path, plain: Path) -> None:
     asked, bad = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"}
     good = {"role": "assistant", "content": "good"}

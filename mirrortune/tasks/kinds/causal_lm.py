@@ -425,7 +425,7 @@ class Task(TextTask, WritesText, Answers):
             own = row[: len(row) - len(self.added_columns)]
             added = dict(zip(self.added_columns, row[len(own) :], strict=True))
             try:
-                row_ids, learned = self._encode_row(own, added, processor, reading, where)
+                row_ids, learned = self._encode_row(own, added, processor, reading, where, counts)
             except LostAnswerError as lost:
                 faults[place] = CALLS if lost.kind == "calls" else EMPTY
                 continue
@@ -465,13 +465,14 @@ class Task(TextTask, WritesText, Answers):
         return encode_continuation(processor.tokenizer, prompt, "", before)[0][:-1]
 
     def _encode_row(
-        self, row: Sequence[Any], added: dict[str, Any], processor: TextReader, reading: Reading, where: str
-    ) -> Encoding:
+        self, row: Sequence[Any], added: dict[str, Any], processor: TextReader, reading: Reading, where: str,
+        counts: Counter[str],
+    ) -> Encoding:  # fmt: skip
         tokenizer, learn_all = processor.tokenizer, self.loss_on == "all"
         if processor.is_chat:
             return encode_conversation(
                 tokenizer, row_conversation(self.layout, row, added, where, self.system), where, learn_all=learn_all,
-                may_be_empty=reading.allow_missing,
+                may_be_empty=reading.allow_missing, counts=counts,
             )  # fmt: skip
         texts = ["" if value is None else str(value) for value in row]
         if self.layout == "text":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -226,6 +227,16 @@ def test_earlier_turns_that_are_not_learned_are_marked_without_a_template_too() 
     tokenizer = tiny_chat_tokenizer(None)
     ids, mask = encode_continuation(tokenizer, prompt, "e", before)
     assert tokenizer.decode([i for i, use in zip(ids, mask, strict=True) if use]) == "newe<|im_end|>"
+
+
+def test_fields_of_turns_without_influence_on_the_text_are_counted() -> None:
+    tokenizer = tiny_chat_tokenizer(CHATML.replace("{{ m['content'] }}", "{{ m.content }}{{ m.a or m.b or '' }}"))
+    answer = {"role": "assistant", "content": "b", "weight": 1, "empty": "", "none": None}
+    counts = Counter[str]()
+    for more in ({"a": "x", "b": "x"}, {"name": "n", "id": 0}, {"b": "x", "id": 7}, {}):
+        talk = conversation(as_messages([ASKED, {**answer, **more}], "row 1"), {}, "row 1")
+        encode_conversation(tokenizer, talk, "row 1", counts=counts)
+    assert counts == {"unread a": 1, "unread id": 2, "unread name": 1}  # without a, b is written in its place
 
 
 def test_whether_a_template_writes_tools_is_known() -> None:
