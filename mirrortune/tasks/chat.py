@@ -22,7 +22,15 @@ from typing import Any, Literal
 
 from mirrortune.data.files.arrow import Columns
 from mirrortune.errors import DataError, first_line
-from mirrortune.tasks.conversations import Conversation, Message, count_unread, meaning_of, row_conversation
+from mirrortune.tasks.conversations import (
+    Conversation,
+    Message,
+    count_unread,
+    is_empty,
+    meaning_of,
+    row_conversation,
+    with_known_reasoning,
+)  # fmt: skip
 
 Encoding = tuple[list[int], list[bool]]
 """Token ids of a row, and whether each token is learned."""
@@ -99,7 +107,7 @@ def encode_conversation(
     if _MARKS.search(_template(tokenizer)) and not talk.given:
         made = _apply(tokenizer, talk.messages, talk, where, tokenize=True, return_dict=True,
                       return_assistant_tokens_mask=True)  # fmt: skip
-        if not may_be_empty and any(m["role"] == "assistant" and _is_empty(m) for m in talk.messages):
+        if not may_be_empty and any(m["role"] == "assistant" and is_empty(m) for m in talk.messages):
             raise LostAnswerError(where, "empty")
         is_last = talk.messages[-1]["role"] == "assistant"
         return _with_ends(
@@ -108,7 +116,7 @@ def encode_conversation(
     special = special_tokens(tokenizer)
     spans = dict(_answer_spans(tokenizer, talk, whole, where))
     for turn, (low, high) in spans.items():
-        says_nothing = _is_empty(talk.messages[turn]) or not _without(special, whole[low:high]).strip()
+        says_nothing = is_empty(talk.messages[turn]) or not _without(special, whole[low:high]).strip()
         if says_nothing and not may_be_empty:
             raise LostAnswerError(where, "empty")
     ids, learned = encode_spans(tokenizer, whole, list(spans.values()), add_special_tokens=False)
@@ -357,6 +365,7 @@ def _written(tokenizer: Any, talk: Conversation, where: str, **options: Any) -> 
         LostAnswerError: the template omits tool calls.
         DataError: the template refuses the conversation.
     """
+    talk = replace(talk, messages=with_known_reasoning(talk.messages, _template(tokenizer)))
     if not any("tool_calls" in message for message in talk.messages):
         return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False, **options)
     forms = [replace(talk, messages=messages) for messages in _forms(talk.messages)]
@@ -476,12 +485,6 @@ def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int 
     probe = next(text for text in _PROBES if not said.startswith(text))
     other = _text_of(tokenizer, [*before, {"role": "assistant", "content": probe}], talk)
     return None if other is None else _in_common(answered, other)
-
-
-def _is_empty(message: Message) -> bool:
-    """Return whether a turn has no content, tool calls or reasoning."""
-    said = [value for key, value in message.items() if key not in ("role", "name", "weight")]
-    return not any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def _without(tokens: Sequence[str], text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from mirrortune.data.columns import check_named, detected, refuse_preferences, r
 from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, refuse_unreadable
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, counted
 
 Message = dict[str, Any]
 # Names of roles in data sets, in lower case. Other roles are passed to the template unchanged.
@@ -37,6 +38,8 @@ _FLAGS = ("train", "training", "loss")
 """Fields that say whether a turn is learned, beside ``weight``."""
 _ALWAYS_READ = ("role", "content", "tool_calls", "tool_call_id", "weight")
 _UNREAD, _MOST_NAMED = "unread ", 8
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of the field for the reasoning before an answer, in templates and data sets."""
 # Column name in data sets -> the part that the column adds to the conversation of a row.
 _ADDITIONS = {
     "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
@@ -301,6 +304,27 @@ def count_unread(
     counts.update(f"{_UNREAD}{ascii(name)[1:-1][:60]}" for name in unread)
 
 
+def with_known_reasoning(messages: list[Message], template: str) -> list[Message]:
+    """Return the messages with their reasoning under the name that ``template`` reads, if it reads another one."""
+    found = [name for name in _REASONING if any(m.get(name) for m in messages)]
+    known = [name for name in _REASONING if found and re.search(rf"[.'\"]{name}\b", template)]
+    if not known or not set(found).difference(known):
+        return messages
+
+    def renamed(message: Message) -> Message:
+        text = next((message[name] for name in (*known, *found) if message.get(name)), None)
+        rest = {key: value for key, value in message.items() if key not in _REASONING}
+        return rest if text is None else {**rest, known[0]: text}
+
+    return [renamed(message) for message in messages]
+
+
+def is_empty(message: Message) -> bool:
+    """Return whether a turn has no content, tool calls or reasoning."""
+    said = [value for key, value in message.items() if key not in ("role", "name", "weight")]
+    return not any(value.strip() if isinstance(value, str) else value for value in said)
+
+
 def _without_fields(messages: Sequence[Message], names: Sequence[str]) -> list[Message]:
     return [{key: value for key, value in m.items() if key not in names} for m in messages]
 
@@ -312,7 +336,12 @@ def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> 
         notes.append(f"{counts['num_weightless']} left out: their weight is 0")
     if counts["num_tools_lost"]:
         notes.append("the tools are not shown to the model: its chat template does not write them")
-    if unread := sorted(name.removeprefix(_UNREAD) for name in counts if name.startswith(_UNREAD)):
+    unread = sorted(name.removeprefix(_UNREAD) for name in counts if name.startswith(_UNREAD))
+    for name in [name for name in unread if name in _REASONING]:
+        unread.remove(name)
+        notes.append(f"the reasoning of answers ('{name}' in {counted(counts[_UNREAD + name], 'row')}) is left out: the"
+                     " chat template does not write it. Write it into the content, or use another model")  # fmt: skip
+    if unread:
         more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
         plural = "s" if len(unread) > 1 else ""
         notes.append(f"field{plural} of turns not used: {', '.join(unread[:_MOST_NAMED])}{more}")

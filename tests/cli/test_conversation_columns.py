@@ -123,6 +123,16 @@ def test_fields_of_turns_that_are_not_used_are_named(desk: Path, plain: Path) ->
         assert prepare(plain, "rows.jsonl").said.count("fields of turns not used: score, train_detail") == 2
 
 
+def test_reasoning_that_the_template_does_not_write_is_reported_with_its_rows(desk: Path, plain: Path) -> None:
+    more = [{"reasoning_content": "since"}, {"thinking": "so"}, {"thinking": ""}, {}]
+    write(desk / "train.jsonl", [{"messages": [TALKS[2][0], {**TALKS[2][1], **more[i % 4]}]} for i in range(12)])
+    write(desk / "validation.jsonl", [{"messages": TALKS[2]}])
+    said = prepare(plain, ".").said
+    for name in ("reasoning_content", "thinking"):
+        assert said.count(f"the reasoning of answers ('{name}' in 3 rows) is left out: the chat template does not") == 1
+    assert "of turns not used" not in said
+
+
 def test_turns_marked_as_not_learned_are_shown_so(desk: Path, plain: Path) -> None:
     asked, bad = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"}
     good = {"role": "assistant", "content": "good"}

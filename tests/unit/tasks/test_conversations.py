@@ -239,6 +239,17 @@ def test_fields_of_turns_without_influence_on_the_text_are_counted() -> None:
     assert counts == {"unread a": 1, "unread id": 2, "unread name": 1}  # without a, b is written in its place
 
 
+@pytest.mark.parametrize("read", ["m.reasoning_content", "m['reasoning']", "m.get('thinking')"])
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_written_by_templates_that_call_it_otherwise(read: str, given: str) -> None:
+    template = CHATML.replace("{{ m['content'] }}", "{% if " + read + " %}<think>{{ " + read + " }}</think>{% endif %}"
+                              "{{ m['content'] }}")  # fmt: skip
+    answer = {"role": "assistant", "content": "b", given: "since"}
+    assert learned(template, [ASKED, answer, ASKED, {"role": "assistant", "content": "c"}]) == (
+        "<think>since</think>b<|im_end|>c<|im_end|>"
+    )
+
+
 def test_whether_a_template_writes_tools_is_known() -> None:
     talk = Conversation(messages=[ASKED], options={"tools": [{"name": "f"}]})
     assert writes_tools(tiny_chat_tokenizer(TOOL_CHATML), talk)
