@@ -199,7 +199,7 @@ def thaw(model: nn.Module) -> None:
     held = held_in(model)
     whole = [name for name in attached.targets.plain if RowRange.parse(name) is None]
     wide = [name for name in whole if held[name].dtype == torch.float32]
-    if wide and attached.spec.preset.plain == "none" and holds_half(model):
+    if wide and attached.spec.preset.plain != "all" and holds_half(model):
         call_in_autocast(model)
     for parameter in plain_parameters(model).values():
         parameter.requires_grad = True

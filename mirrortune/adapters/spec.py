@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -84,15 +84,6 @@ class AdapterSpec:
     def trains_base(self) -> bool:
         """Whether parameters of the base are trained as they are, of which some may have no part in a loss."""
         return self.preset.plain != "none" or bool(self.also_train)
-
-    def in_float32(self, head: Sequence[str], plain: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of the trained parameters that are held in float32 whatever the dtype of the base.
-
-        Args:
-            head: names of the task head's parameters.
-            plain: names of the base's parameters that are trained as they are.
-        """
-        return (*head, *plain) if self.preset.plain == "none" else tuple(head)
 
     def settled(self) -> AdapterSpec:
         """Return this spec with the pairing and options of the method filled in, so that it depends on no default.

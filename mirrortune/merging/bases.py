@@ -123,7 +123,7 @@ def load_adapted(
         VerificationError: the adapter does not match the base, and ``remarks`` is None.
     """
     model = load_unadapted(adapter, source, task, pad_token_id, is_plain=is_plain)
-    widen(model, adapter.spec.in_float32(adapter.head, adapter.plain))
+    widen(model, (*adapter.head, *adapter.plain))
     original = None if turned is None else load_plain(turned, *_arguments(adapter, task, pad_token_id))
     book = load_into(model, adapter, factor_source, force_base=remarks is not None, trained_on=original)
     if remarks is not None:

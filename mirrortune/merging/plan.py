@@ -218,7 +218,7 @@ def plan_merge(
         planned=written if loader is None else loader.as_stored(written, {*trained, *adapted}), loader=loader,
         is_of_lone_layers=all(map(stands_alone, tuned)),
         shared=functools.cache(lambda: SharedLayers(tuned[0], copy.deepcopy(model))) if tuned else None,
-        turned=turned, auto_class=auto_class, trained_in=getattr(torch, str(adapters[-1].base["dtype"])),
+        turned=turned, auto_class=auto_class, trained_in=adapters[-1].weights_in,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ from mirrortune.merging.verify import (
     compare_lazily,
     compare_models,
 )
-from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype
+from mirrortune.models.load import ModelSource, find_model, resolve_dtype
 from mirrortune.models.load_errors import quiet
 from mirrortune.models.parts import CannotLoadParts
 from mirrortune.models.quantized import is_quantised as has_quantised_weights
@@ -244,8 +244,8 @@ def _size(merge: _Merge) -> str:
     """Describe the memory of a merge in memory, which holds the base twice and the reopened model."""
     numbers = sum(p.numel() for p in merge.outline().parameters())
     stored = resolve_dtype("auto", merge.source.config, torch.device("meta"))
-    trained_in = DTYPES[merge.adapters[0].base["dtype"]]
-    return f"about {numbers * (2 * stored.itemsize + trained_in.itemsize) / 2**30:,.1f} GiB"
+    trained_in = merge.adapters[0].weights_in.itemsize
+    return f"about {numbers * (2 * stored.itemsize + trained_in) / 2**30:,.1f} GiB"
 
 
 def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:

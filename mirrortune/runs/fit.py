@@ -331,6 +331,7 @@ def _shorter(step: Step, stage: Stage) -> list[tuple[str, Step]]:
 
 def _half(step: Step, stage: Stage) -> list[tuple[str, Step]]:
     can = step.dtype == torch.float32 and not is_slow(torch.bfloat16, torch.device(stage.device))
+    can &= step.spec.preset.plain != "all"  # which holds every weight in float32
     return [("model.dtype=bfloat16", replace(step, dtype=torch.bfloat16))] if can else []
 
 

@@ -168,7 +168,7 @@ def adapt_model(
         strategies: strategy of each layer, or None.
         bases: measured or stored factors by layer, in place of those of the weights, or None.
     """
-    widen(loaded.model, spec.in_float32(loaded.targets.head, loaded.targets.plain))
+    widen(loaded.model, (*loaded.targets.head, *loaded.targets.plain))
     return adapt(
         loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, bases=bases, strategies=strategies
     )

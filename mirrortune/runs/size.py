@@ -284,7 +284,7 @@ def attach_empty(
         pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
         chosen = strategies_of(targets, spec, dtype, tokens)
         attach(model, spec, targets=targets, factor_source=_no_factors, pairs=pairs, strategies=chosen)
-    widen(model, spec.in_float32(targets.head, targets.plain))
+    widen(model, (*targets.head, *targets.plain))
 
 
 def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:

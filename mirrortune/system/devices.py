@@ -160,9 +160,10 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def widen(model: nn.Module, names: Iterable[str]) -> None:
-    """Convert the named 16-bit parameters to float32, in place, and the 16-bit buffers of the modules that hold them.
+    """Convert the named 16-bit parameters to float32, in place, and the 16-bit vectors and buffers beside them.
 
-    A head in bfloat16 stops learning early: AdamW's small updates are lost to rounding with 8 bits of precision.
+    Parameters in bfloat16 stop learning early: AdamW's small updates are lost to rounding with 8 bits of precision.
+    Normalisation layers on a CPU refuse a weight and a bias of different dtypes, under autocast too.
     """
     wanted, widened = set(names), set[int]()
     for name, parameter in model.named_parameters():
@@ -170,9 +171,10 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
             parameter.data = parameter.data.float()
             widened.add(id(parameter))
     for module in model.modules():
-        if any(id(parameter) in widened for parameter in module.parameters(recurse=False)):
-            for buffer in module.buffers(recurse=False):
-                buffer.data = buffer.data.float() if buffer.dtype in _HALF else buffer.data
+        own = list(module.parameters(recurse=False))
+        if any(id(parameter) in widened for parameter in own):
+            for tensor in (*(parameter for parameter in own if parameter.ndim == 1), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.float() if tensor.dtype in _HALF else tensor.data
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:

@@ -121,6 +121,14 @@ class AdapterFile:
     peft_config: dict[str, Any] | None = None
     responses: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def weights_in(self) -> torch.dtype:
+        """Dtype of the base's weights in training: the one they were loaded in, or float32 if all were trained."""
+        if self.spec.preset.plain == "all":
+            return torch.float32
+        found: torch.dtype = getattr(torch, str(self.base["dtype"]))
+        return found
+
     @staticmethod
     def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors of an adapted model, without copying them, by their names in the file."""

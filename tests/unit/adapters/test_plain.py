@@ -231,7 +231,7 @@ def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
     """They are trained in float32, in which small steps count; generate calls the model without autocast."""
     model = tiny_causal("Llama").bfloat16()
     spec = AdapterSpec(method="none", also_train=("norms",))
-    widen(model, spec.in_float32((), find_targets(model, spec).plain))
+    widen(model, find_targets(model, spec).plain)
     attach(model, spec)
     assert model.get_parameter("model.norm.weight").dtype == torch.float32
     written: Any = model
