@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import json_array, problem_field, text_array
+from mirrortune.data.files.json_layouts import refuse_frame, refuse_indented_rows, refuse_wrapped_rows
 from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
 from mirrortune.data.files.text_files import (
@@ -339,12 +340,15 @@ def _read_json_lines(path: Path, encoding: str) -> Iterator[_Part]:
 
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
+    count, row = 0, None
     for number, line in enumerate(lines_of(path, encoding, "\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if not count and table_suffix(path) == ".json":
+                refuse_indented_rows(path, blocks_of(path, encoding))
             reason = getattr(error, "msg", None) or first_line(error)
             raise DataError(
                 f"{path}:{number}",
@@ -352,23 +356,12 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
                 allowed="one JSON object a line"
                 + (", or an array of objects" if table_suffix(path) == ".json" else ""),
             ) from error
-        if number == 1 and _is_frame(row):
-            raise DataError(
-                str(path), "one object for all rows, as to_json of pandas writes it", allowed="one JSON object a row",
-                fix="Write it with to_json(..., orient='records', lines=True)",
-            )  # fmt: skip
+        if number == 1:
+            refuse_frame(path, row)
+        count += 1
         yield (number, row), len(line)
-
-
-def _is_frame(row: Any) -> bool:
-    """Return whether an object holds a whole table in one of pandas' layouts: by columns, by rows, or in parts."""
-    if not isinstance(row, dict):
-        return False
-    if row.keys() == {"columns", "index", "data"}:
-        return True
-    if not row or not all(isinstance(cells, dict) and cells for cells in row.values()):
-        return False
-    return any(all(key.isdecimal() for key in keys) for keys in (row, set[str]().union(*row.values())))
+    if count == 1:
+        refuse_wrapped_rows(path, row)
 
 
 def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:

@@ -115,6 +115,32 @@ def test_a_cell_may_hold_any_character(tmp_path: Path, inside: str) -> None:
     assert read_table(write(tmp_path, "a.jsonl", lines)).to_pydict() == {"text": [cell]}
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("key", ["data", "train"])
+def test_rows_inside_of_one_object_are_refused_with_a_command(tmp_path: Path, key: str, indent: int | None) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    path = write(tmp_path, "a.json", json.dumps({"version": 1, key: rows}, indent=indent))
+    with pytest.raises(DataError, match=rf"rows in '{key}'.*: jq -c '\.{key}\[\]' a\.json > rows\."):
+        read_table(path)
+
+
+def test_splits_inside_of_one_object_become_files(tmp_path: Path) -> None:
+    content = json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]})
+    (path := tmp_path / "a.json.gz").write_bytes(gzip.compress(content.encode()))
+    with pytest.raises(DataError, match=r"mkdir rows; gzip -dc a.json.gz . jq -c '.train..' > rows/train.jsonl; gzip"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"messages": [{"role": "user", "content": "a"}]}], [{"data": ["a", "b"], "text": "c"}],
+     [{"data": [{"a": 1}], "text": "b"}, {"data": [{"a": 2}], "text": "c"}]],
+)  # fmt: skip
+def test_an_object_that_is_a_row_is_one(tmp_path: Path, rows: list[Any]) -> None:
+    path = write(tmp_path, "a.json", "\n".join(map(json.dumps, rows)))
+    assert read_table(path).num_rows == len(rows)
+
+
 def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "text,label\ncafé,a\n".encode("latin-1"))
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognise JSON files that hold all rows in one object, and say how to convert them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mirrortune.data.files.splits import SPLIT_NAMES
+from mirrortune.data.files.text_files import is_gzipped
+from mirrortune.errors import DataError
+
+# Keys under which a file may hold its rows: those of its splits, and common ones.
+_KEYS = {*itertools.chain(*SPLIT_NAMES.values()), "data", "rows", "records", "examples", "items", "instances"}
+_MOST_BLOCKS = 256
+
+
+def refuse_frame(path: Path, row: Any) -> None:
+    """Raise a DataError for an object that holds a whole table in one of pandas' layouts."""
+    if _is_frame(row):
+        raise DataError(
+            str(path), "one object for all rows, as to_json of pandas writes it", allowed="one JSON object a row",
+            fix="Write it with to_json(..., orient='records', lines=True)",
+        )  # fmt: skip
+
+
+def refuse_wrapped_rows(path: Path, row: Any) -> None:
+    """Raise a DataError for the only object of a file if it holds lists of rows, such as ``{"data": [...]}``."""
+    found = row.items() if isinstance(row, dict) else ()
+    keys = [key for key, value in found if key.lower() in _KEYS and _are_rows(value)]
+    if not keys:
+        return
+    name, is_one = shlex.quote(path.name), len(keys) == 1
+    begin, source = (f"gzip -dc {name} | ", "") if is_gzipped(path) else ("", f" {name}")
+    commands = [f"{begin}jq -c '.{key}[]'{source} > {'rows' if is_one else f'rows/{key}'}.jsonl" for key in keys]
+    raise DataError(
+        str(path), f"one object with all rows in {', '.join(map(repr, keys))}",
+        allowed="a JSON object a line, or an array of objects",
+        fix=f"Take them out: {'; '.join(commands if is_one else ['mkdir rows', *commands])}",
+    )  # fmt: skip
+
+
+def refuse_indented_rows(path: Path, blocks: Iterable[str]) -> None:
+    """Raise a DataError for a text in ``blocks`` that is an object of one of these layouts in several lines."""
+    try:
+        row = json.loads("".join(itertools.islice(blocks, _MOST_BLOCKS)))
+    except (ValueError, RecursionError):
+        return
+    refuse_frame(path, row)
+    refuse_wrapped_rows(path, row)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _is_frame(row: Any) -> bool:
+    """Return whether an object holds a whole table in one of pandas' layouts: by columns, by rows, or in parts."""
+    if not isinstance(row, dict):
+        return False
+    if row.keys() == {"columns", "index", "data"}:
+        return True
+    if not row or not all(isinstance(cells, dict) and cells for cells in row.values()):
+        return False
+    return any(all(key.isdecimal() for key in keys) for keys in (row, set[str]().union(*row.values())))
