@@ -19,6 +19,14 @@ _KEYS = {*itertools.chain(*SPLIT_NAMES.values()), "data", "rows", "records", "ex
 _MOST_BLOCKS = 256
 
 
+def is_json_object(line: str) -> bool:
+    """Return whether a line is a JSON object that is not empty."""
+    try:
+        return line.lstrip().startswith("{") and bool(json.loads(line))
+    except (ValueError, RecursionError):
+        return False
+
+
 def refuse_frame(path: Path, row: Any) -> None:
     """Raise a DataError for an object that holds a whole table in one of pandas' layouts."""
     if _is_frame(row):

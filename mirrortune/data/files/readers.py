@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import json_array, problem_field, text_array
-from mirrortune.data.files.json_layouts import refuse_frame, refuse_indented_rows, refuse_wrapped_rows
+from mirrortune.data.files.json_layouts import is_json_object, refuse_frame, refuse_indented_rows, refuse_wrapped_rows
 from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
 from mirrortune.data.files.text_files import (
@@ -255,6 +255,8 @@ def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
         if line.strip() and found is None:
             break
         named = found or named
+    if begin and is_json_object(begin[-1]):
+        raise DataError(str(path), "its lines are JSON objects, not cells", fix="Name it .jsonl")
     if named is not None or table_suffix(path) == ".tsv" or not begin:
         return named[1] if named else "\t", begin
 
@@ -355,6 +357,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
                 f"not valid JSON ({reason})",
                 allowed="one JSON object a line"
                 + (", or an array of objects" if table_suffix(path) == ".json" else ""),
+                fix=None if count or line.lstrip()[0] in "{[" else "If it is a table of cells, name it .csv",
             ) from error
         if number == 1:
             refuse_frame(path, row)

@@ -24,6 +24,15 @@ _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+# First bytes of files that are no text: what they are, and what to do.
+_OTHER_CONTENT = (
+    (b"\x1f\x8b", "gzip", "Add .gz to its name"),
+    (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or export its table as csv"),
+    (b"PAR1\x15", "parquet", "Name it .parquet"), (b"ARROW1\x00", "Arrow", "Name it .arrow"),
+    (b"BZh91AY&SY", "bzip2", "Unpack it"), (b"\xfd7zXZ\x00", "xz", "Unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "Unpack it"),
+    (b"SQLite format 3\x00", "an SQLite database", "Export its table as csv"),
+)  # fmt: skip
 _LATIN = ("latin-1", "latin1", "iso-8859-1", "iso8859-1", "l1")
 _CONTROLS = re.compile("[\x80-\x9f]")
 _LONGEST = 1 << 28  # characters of a line
@@ -115,6 +124,7 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]
         codecs.lookup(encoding)
     except (LookupError, ValueError) as error:
         raise _unknown(encoding) from error
+    _refuse_other_content(path)
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     if codec == "utf-8-sig":
         _refuse_wide(path, encoding)
@@ -129,6 +139,15 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]
 
 def _unknown(encoding: str) -> DataError:
     return DataError("data.encoding", f"unknown encoding '{encoding[:100]}'", allowed="a Python codec such as latin-1")
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Raise a DataError for a file that is no text, whatever its name."""
+    with reading_errors(path), open_bytes(path) as file:
+        begin = file.read(16)
+    for mark, what, fix in _OTHER_CONTENT:
+        if begin.startswith(mark):
+            raise DataError(str(path), f"its content is not text but {what}", fix=fix)
 
 
 def _refuse_wide(path: Path, encoding: str) -> None:
