@@ -48,7 +48,7 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
     """Return notes on labels that may be misread: lists written as text, numbers used as classes, nan among numbers."""
     if feature_names(table, column) or pa.types.is_nested(table.schema.field(column).type):
         return []
-    notes = []
+    notes = [headless(column, "one of its classes")] if column in names else []
     if holds_lists_as_text(names):
         notes.append(
             f"label column '{column}' holds lists written as text, such as {names[0]!r}, each of which is one class; "
@@ -63,6 +63,12 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
     if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
         notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")
     return notes
+
+
+def headless(column: str, like: str) -> str:
+    """Return a note on a label column that has the name of a value, as those of a file without a header have."""
+    return (f"label column '{column}' is called like {like}: perhaps the file has no header, so that its first row is"
+            " lost")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

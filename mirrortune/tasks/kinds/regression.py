@@ -13,11 +13,11 @@ import pyarrow as pa
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.columns import choose_columns
+from mirrortune.data.columns import choose_columns, number_of
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets, TokenExamples
 from mirrortune.data.files.arrow import cells
-from mirrortune.data.labels import label_fields, refuse_missing
+from mirrortune.data.labels import headless, label_fields, refuse_missing
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import TextTask
@@ -58,7 +58,8 @@ class Task(TextTask):
                 allowed="numbers that differ",
                 fix="Name another column with --label-column",
             )
-        return task, notes
+        is_value = number_of(label) is not None and all(number_of(name) is None for name in text)
+        return task, [*notes, headless(label, "a number")] if is_value else notes
 
     @override
     def columns(self) -> list[tuple[str, str]]:

@@ -142,6 +142,25 @@ def test_labels_that_may_be_meant_otherwise_are_said(labels: list[Any], says: st
     assert says in " ".join(notes)
 
 
+@pytest.mark.parametrize(
+    ("kind", "columns", "says"),
+    [
+        (
+            "text-classification",
+            {"a film": ["b", "c"], "neg": ["neg", "pos"]},
+            "'neg' is called like one of its classes",
+        ),
+        ("regression", {"a film": ["b", "c"], "2.5": ["1", "3"]}, "'2.5' is called like a number"),
+        ("text-classification", {"text": ["b", "c"], "label": ["neg", "pos"]}, ""),
+        ("regression", {"0": ["b", "c"], "1": ["1", "3"]}, ""),  # the names that pandas gives
+    ],
+)
+def test_a_first_row_in_place_of_the_header_is_noticed(kind: str, columns: dict[str, list[str]], says: str) -> None:
+    text, label = columns
+    found = task_class(kind).from_rows(pa.table(columns), "rows.csv", text_columns=(text,), label_column=label)[1]
+    assert (says in " ".join(found)) if says else ("called like" not in " ".join(found))
+
+
 def test_real_numbers_name_the_way_to_classes() -> None:
     with pytest.raises(DataError, match=r'list them as text: task\.labels=\["0\.5", "1\.5", \.\.\.\]'):
         make("text-classification", table([0.5, 1.5]))
