@@ -90,7 +90,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
 def split_summary(examples: Examples, task: Task) -> Iterator[str]:
     """Yield lines that describe the classes and row lengths of a split, if it has any."""
     targets = getattr(examples, "targets", None)
-    labels = labels_of(task)
+    labels = _shown_classes(task)
     if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
         yield f"classes: {_balance(np.bincount(targets[targets >= 0], minlength=len(labels)), labels)}"
     lengths = examples.lengths
@@ -104,7 +104,7 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
     has_class_of_row = isinstance(task, OneOfClasses)
     if not isinstance(task, WeighsClasses):
         return
-    labels, counts = task.labels, task.class_counts(train)
+    labels, counts = _shown_classes(task), task.class_counts(train)
     rare = np.flatnonzero(counts < _FEW)[np.argsort(counts[counts < _FEW], kind="stable")]
     if len(rare):
         shown = ", ".join(f"{labels[i]} {counts[i]}" for i in rare[:_CLASSES])
@@ -120,6 +120,11 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
         )
 
 
+def _shown_classes(task: Task) -> tuple[str, ...]:
+    """Return the class names of a task, each in one line."""
+    return tuple(name.replace("\r", "\\r").replace("\n", "\\n") for name in labels_of(task))
+
+
 def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:
     """Yield lines that show the first ``count`` examples as the model receives them in training."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -133,7 +138,7 @@ def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Ite
 
 def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
     """Yield lines that show a tensor of a row, with token ids and token labels as text."""
-    labels = labels_of(task)
+    labels = _shown_classes(task)
     can_read = hasattr(tokenizer, "decode")
     if values.is_floating_point() and values.ndim > 1:
         size = " x ".join(map(str, values.shape))

@@ -64,6 +64,14 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     assert "row 3 of 3" not in lines
 
 
+def test_a_class_with_a_line_break_is_shown_in_one_line(desk: Path, tiny_model_dir: Path) -> None:
+    rows = [{"text": f"film {i}", "label": "up\nhill" if i % 2 else "down"} for i in range(12)]
+    (desk / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = mirrortune(*PREPARE, "-m", tiny_model_dir, "-d", "rows.jsonl", "--show", 12).stderr.splitlines()
+    assert r"  label: 1 (up\nhill)" in lines
+    assert not any(line.startswith("hill") for line in lines)
+
+
 def test_of_a_language_model_what_is_learned_is_shown(desk: Path, tmp_path: Path) -> None:
     model = write_tiny_causal(tmp_path / "chat")
     rows = [{"prompt": f"Say {i}: ", "completion": f"number {i}"} for i in range(20)]
