@@ -8,6 +8,7 @@ import gc
 import inspect
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -178,6 +179,20 @@ def test_a_head_of_another_size_is_merged_too(tiny_model_dir: Path, tmp_path: Pa
     merged = load_base(tmp_path / "merged")
     assert logits(merged).shape == (3, 5)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_not_saved_into_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The folder would then be taken for an adapter in place of a model."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, folder)
+    model = mirrortune.attach(load_base(folder))
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, tmp_path / "link"):
+        with pytest.raises(ConfigError, match="it is the folder of the base model"):
+            mirrortune.save_adapter(model, place)
+    mirrortune.save_adapter(model, folder, subfolder="adapter")
+    assert (folder / "adapter" / "adapter.json").is_file()
+    assert not (folder / "adapter.json").exists()
 
 
 def test_only_the_known_format_is_merged(tmp_path: Path) -> None:
