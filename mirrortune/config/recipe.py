@@ -384,7 +384,8 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
-    message = {"array": "a list, such as [a, b]", "an object": "a section of settings"}.get(message, message)
+    words = {"array": "a list, such as [a, b]", "an object": "a section of settings", "string": "text in quotes"}
+    message = words.get(message, message)
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
@@ -426,8 +427,7 @@ def _valid_part(merged: dict[str, Any]) -> Recipe:
 
 
 def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
-    # pydantic reports an error for every member of a union.
-    allowed: dict[tuple[str, str], list[str]] = {}
+    allowed: dict[tuple[str, str], list[str]] = {}  # pydantic reports an error for every member of a union
     for error in errors:
         allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
     return [ConfigError(*key, allowed=" or ".join(dict.fromkeys(choices))) for key, choices in allowed.items()]

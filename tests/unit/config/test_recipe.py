@@ -114,7 +114,7 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
         ("adapter:\n  rank: big\n", ["my.yaml:2: adapter.rank: got 'big'. Allowed: 'full' or 'out' or integer"]),
         ("adapter:\n  rank: 0\n", ["my.yaml:2: adapter.rank: got 0. Allowed: 'full' or 'out' or greater than 0"]),
         ("data:\n  text_columns: text\n", ["data.text_columns: got 'text'. Allowed: a list, such as [a, b]"]),
-        ("data:\n  text_columns: [a, 1]\n", ["data.text_columns: got 1. Allowed: string"]),
+        ("data:\n  text_columns: [a, 1]\n", ["data.text_columns: got 1. Allowed: text in quotes"]),
         ("model: roberta-base\n", ["my.yaml:1: model: got 'roberta-base'. Allowed: a section of settings"]),
         ("data: {validation_fraction: 1}\n", ["my.yaml:1: data.validation_fraction: got 1. Allowed: less than 1"]),
         (
