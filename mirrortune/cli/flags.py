@@ -26,11 +26,23 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+# Flags of the training scripts of transformers -> their names here.
+_OF_TRANSFORMERS = {
+    "--model-name-or-path": "--model", "--dataset-name": "--data", "--train-file": "--data", "--task-name": "--task",
+    "--num-train-epochs": "--epochs", "--per-device-train-batch-size": "--batch-size",
+    "--max-seq-length": "--max-length", "--max-train-steps": "--max-steps", "--lr-scheduler-type": "--schedule",
+}  # fmt: skip
+
+
 class OnceEach(TyperCommand):
-    """A command that rejects a repeated flag that takes one value; click would silently use the last one."""
+    """A command that rejects a repeated flag that takes one value, of which click would silently use the last one.
+
+    It also says how flags of transformers' scripts are called here.
+    """
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        _report(self._foreign(args))
         order: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
         one_value = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
         errors = []
@@ -38,10 +50,22 @@ class OnceEach(TyperCommand):
             if (count := one_value.count(param)) > 1:
                 names = ", ".join(param.opts)
                 errors.append(ConfigError(names, f"given {count} times, and takes one value", fix="Keep one of them"))
-        if errors:
-            Reporter().error(str(ConfigError.several(errors)))
-            raise typer.Exit(ConfigError.exit_code)
+        _report(errors)
         return super().parse_args(ctx, args)
+
+    def _foreign(self, args: Sequence[str]) -> list[ConfigError]:
+        """Return an error for each flag of transformers' scripts that this command has under another name."""
+        own = {name for param in self.params for name in param.opts}
+        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")} - own
+        meant = [(flag, _OF_TRANSFORMERS.get(flag.replace("_", "-"))) for flag in sorted(given)]
+        return [ConfigError(flag, "no such option", fix=f"Use {name}") for flag, name in meant if name in own]
+
+
+def _report(errors: Sequence[ConfigError]) -> None:
+    """Print the errors, if there are any, and end the command."""
+    if errors:
+        Reporter().error(str(ConfigError.several(errors)))
+        raise typer.Exit(ConfigError.exit_code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

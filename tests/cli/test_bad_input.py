@@ -150,6 +150,11 @@ BAD: dict[str, Bad] = {
     # The command line.
     "unknown command": Bad("trian", 2, ("No such command 'trian'", "Did you mean 'train'")),
     "unknown flag": setting("--modle x", "No such option: --modle", "--model"),
+    "flags of transformers": setting(
+        "--per_device_train_batch_size 2 --num-train-epochs=1",
+        "--num-train-epochs: no such option. Use --epochs.",
+        "--per_device_train_batch_size: no such option. Use --batch-size.",
+    ),
     "flag without value": Bad("train --lr", 2, ("'--lr' requires an argument",)),
     "number that is none": setting("--lr abc", "--lr: got 'abc'. Allowed: number."),
     "fraction for a count": setting("--batch-size 1.5", "--batch-size: got 1.5. Allowed: integer."),
