@@ -69,7 +69,7 @@ class LoopState:
         owes_evaluation: the evaluation due after ``global_step`` was interrupted by a signal.
         is_interim: the checkpoint was saved only because of a signal; the next one replaces it.
         window_loss: loss summed since the last log line.
-        window_items: number of items in that sum.
+        window_items: number of items in that sum, or the sum of their weights.
         num_processes: number of ranks.
         places: position of each rank in its share of streamed rows; None if rows are not streamed.
         skipped_steps: steps skipped so far because float16 gradients overflowed.
@@ -91,7 +91,7 @@ class LoopState:
     owes_evaluation: bool = False
     is_interim: bool = False
     window_loss: float = 0.0
-    window_items: int = 0
+    window_items: float = 0.0
     num_processes: int = 1
     places: list[dict[str, Any]] | None = None
     skipped_steps: int = 0

@@ -33,6 +33,7 @@ _ROLES = {
     "ai": "assistant", "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
+_LARGEST_WEIGHT = 2000  # weights are stored in millionths, as 32-bit integers
 _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
 _FLAGS = ("train", "training", "loss")
 """Fields that say whether a turn is learned, beside ``weight``."""
@@ -256,7 +257,7 @@ def row_weight(added: dict[str, Any], where: str) -> float:
     """Return the weight of a row in the loss, from the cells of the columns of :func:`additions`.
 
     Raises:
-        DataError: the weight is not a number, or is negative.
+        DataError: the weight is not a number from 0 to 2000.
     """
     for name, value in added.items():
         if meaning_of(name) == "weight" and value is not None and value != "":
@@ -430,13 +431,13 @@ def _as_message(given: Any, where: str) -> Message:
 
 
 def _as_weight(value: Any, where: str) -> float:
-    """Convert a cell to a loss weight; raise a DataError if it is not a number, or negative."""
+    """Convert a cell to a loss weight; raise a DataError if it is not a number from 0 to the largest weight."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
-    if not 0.0 <= number < float("inf"):
-        raise DataError(where, f"got weight {value!r}", allowed="a number of 0 (not learned) or more")
+    if not 0.0 <= number <= _LARGEST_WEIGHT:
+        raise DataError(where, f"got weight {value!r}", allowed=f"a number from 0 (not learned) to {_LARGEST_WEIGHT}")
     return number
 
 

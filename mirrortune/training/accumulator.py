@@ -17,7 +17,7 @@ class Totals:
 
     Attributes:
         loss_sum: sum of the loss over the finite steps since the window was opened.
-        num_items: number of items in these steps.
+        num_items: number of items in these steps, or the sum of their weights.
         step: latest step, or the first one that was not finite.
         loss: mean loss of that step.
         grad_norm: norm of its mean gradient before clipping.
@@ -26,7 +26,7 @@ class Totals:
     """
 
     loss_sum: float
-    num_items: int
+    num_items: float
     step: int
     loss: float
     grad_norm: float
@@ -76,7 +76,7 @@ class Tally:
         latest = torch.stack([self._latest[0], totals[0] / totals[1], self._latest[2]])
         self._latest = torch.where(is_finite, latest, self._latest)
 
-    def open_window(self, loss_sum: float = 0.0, num_items: int = 0) -> None:
+    def open_window(self, loss_sum: float = 0.0, num_items: float = 0.0) -> None:
         """Start a logging window, or restore one that was interrupted."""
         self._window = self._numbers(loss_sum, num_items)
 
@@ -86,7 +86,7 @@ class Tally:
         loss_sum, num_items, step, loss, grad_norm, is_broken = numbers
         return Totals(
             loss_sum=loss_sum,
-            num_items=round(num_items),
+            num_items=num_items,
             step=round(step),
             loss=loss,
             grad_norm=grad_norm,

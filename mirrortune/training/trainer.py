@@ -346,9 +346,9 @@ class Trainer:
 
     def _log_training(self) -> None:
         reading = self._read_tally()
-        if not reading.num_items and self.update.scale is not None:  # float16, and no loss in the window was finite
+        if not reading.num_items:  # float16, and no loss in the window was finite
             return
-        loss = reading.loss_sum / max(1, reading.num_items)
+        loss = reading.loss_sum / reading.num_items
         group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
         factor = group["lr"] / (group["peak_lr"] or 1.0)
         rates = {"lr": self.settings.lr * factor}

@@ -157,12 +157,12 @@ def test_empty_answers_are_refused_with_a_count(desk: Path, plain: Path) -> None
 
 def test_system_history_and_weight_of_a_row_are_used(desk: Path, plain: Path) -> None:
     own = {"system": "Be brief.", "history": [["a", "b"]], "prompt": "c", "completion": "d"}
-    write(desk / "rows.jsonl", [{**own, "weight": w} for w in (1, 0, 1, 1, 1, 1, 1, 1)])
+    write(desk / "rows.jsonl", [{**own, "weight": w} for w in (1, 0, 1, 1, 1, 1e-7, 1, 1)])
     outcome = prepare(plain, "rows.jsonl", "task.format=chat", "data.validation_fraction=0.3")
     assert "also read: system, history, weight" in outcome.stderr
     assert "<|im_start|>system Be brief.<|im_end|> <|im_start|>user a<|im_end|>" in outcome.said
     assert "learned: b<|im_end|>d<|im_end|>" in outcome.said
-    assert "1 left out: their weight is 0" in outcome.said
+    assert "2 left out: their weight is 0" in outcome.said, "a weight below half a millionth counts as 0"
     as_text = prepare(plain, "rows.jsonl", "task.format=text").said
     assert "text: Be brief. a b c d<|im_end|>" in as_text
 

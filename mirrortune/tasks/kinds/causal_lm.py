@@ -433,14 +433,14 @@ class Task(TextTask, WritesText, Answers):
             wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
             wanted[:1] = [IGNORE_INDEX]
             counts["num_truncated"] += len(row_ids) > (max_length or 0)
-            weight = row_weight(added, where)
+            weight = round(row_weight(added, where) * WEIGHT_UNIT)
             is_seen = any(t != IGNORE_INDEX for t in wanted[:max_length])
             counts["num_answers_cut"] += not is_seen
             counts["num_weightless"] += is_seen and not weight
             if is_seen and weight:
                 ids.append(row_ids[:max_length])
                 targets.append(wanted[:max_length])
-                weights.append(round(weight * WEIGHT_UNIT))
+                weights.append(weight)
                 used[place] = 1
         (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
         counts["num_learned"] = int((answers != IGNORE_INDEX).sum())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -187,6 +188,14 @@ def test_columns_of_a_row_reach_the_template() -> None:
     assert conversation([dict(ASKED)], {"tools": '[{"a": 1}]'}, "row 1").options == {"tools": [{"a": 1}]}
     own = conversation([{"role": "system", "content": "own"}, ASKED], {"system": "column"}, "row 1")
     assert [m["content"] for m in own.messages] == ["own", "paris?"], "a conversation's own system turn comes first"
+
+
+@pytest.mark.parametrize("weight", [2000.5, 3000, -1, "x", math.nan])
+def test_weights_of_rows_that_cannot_be_held_are_refused(weight: Any) -> None:
+    allowed = r"Allowed: a number from 0 \(not learned\) to 2000"
+    with pytest.raises(DataError, match=f"row 1, column 'weight': got weight .*{allowed}"):
+        row_weight({"weight": weight}, "row 1")
+    assert row_weight({"weight": 2000}, "row 1") == 2000
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mirrortune.training.accumulator import StepClock, Tally
 CPU = torch.device("cpu")
 
 
-def add(tally: Tally, loss_sum: float, items: int, norm: float, step: int) -> Tensor:
+def add(tally: Tally, loss_sum: float, items: float, norm: float, step: int) -> Tensor:
     """Count a step."""
     return tally.add(torch.tensor([loss_sum, items], dtype=torch.float64), torch.tensor(norm), step)
 
@@ -28,6 +28,18 @@ def test_a_window_sums_losses_and_items() -> None:
     assert (reading.step, reading.loss, reading.grad_norm) == (3, 2.0, 0.75)
     tally.open_window()
     assert (tally.read().loss_sum, tally.read().num_items) == (0, 0)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.005])
+def test_a_window_of_weighted_rows_has_the_sum_of_their_weights(weight: float) -> None:
+    tally, resumed = Tally(CPU), Tally(CPU)
+    for step in (1, 2):
+        add(tally, 2.0 * 24 * weight, 24 * weight, 1.0, step)
+    reading = tally.read()
+    assert reading.num_items == pytest.approx(48 * weight)
+    assert reading.loss_sum / reading.num_items == pytest.approx(2.0)
+    resumed.open_window(reading.loss_sum, reading.num_items)
+    assert resumed.read().num_items == reading.num_items
 
 
 def test_a_window_that_was_cut_sums_as_one_that_was_not() -> None:
