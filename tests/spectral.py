@@ -86,6 +86,8 @@ class Variant:
             runtime.append(draw_pairs(self.pairing, S.shape[0], 7, dict(self.options).get("rounds", 1)))
         if "shape" in inspect.signature(core_class).parameters:
             runtime.append(shape or (S.shape[0], S.shape[0]))
+        if "generator" in inspect.signature(core_class).parameters:
+            runtime.append(torch.Generator().manual_seed(7))
         core = core_class(*runtime, **dict(self.options))
         return core if seed is None else train_a_little(core, seed)
 

@@ -2,10 +2,10 @@
 """The interface of a core: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
 
 A core is a class, registered under the name that ``--method`` takes. Its positional parameters are ``S`` (R,) and, if
-it declares them, ``pairs`` (T, 2), the pairs of all ``rounds`` one round after the other, and ``shape`` (O, I). Its
-keyword-only parameters are its recipe options. A core computes *coefficients* (a few small tensors) from its parameters
-with ordinary autograd and defines how they act on z = Vh x. The layer's autograd function does the rest; it saves z for
-the backward pass instead of x.
+it declares them, ``pairs`` (T, 2), the pairs of all ``rounds`` one round after the other, ``shape`` (O, I), and
+``generator``, the layer's own of random numbers. Its keyword-only parameters are its recipe options. A core computes
+*coefficients* (a few small tensors) from its parameters with ordinary autograd and defines how they act on z = Vh x.
+The layer's autograd function does the rest; it saves z for the backward pass instead of x.
 
 Shapes: N rows, R rank, T pairs, O out_features, I in_features.
 """

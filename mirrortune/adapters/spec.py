@@ -244,6 +244,8 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], 
         runtime.append(pairs if pairs is not None else make_pairs(spec, S.shape[0], name))
     if "shape" in wanted:
         runtime.append(shape)
+    if "generator" in wanted:
+        runtime.append(_generator(spec, name))
     return core_class(*runtime, **spec.resolved_options)
 
 
@@ -276,8 +278,6 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
     if count > 1:
         each = [None] * count if saliency is None else saliency
         return torch.stack([make_pairs(_named(spec, name), rank, f"{name}.{i}", each[i]) for i in range(count)])
-    digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
     given = {"rounds": spec.rounds, "saliency": saliency, "listed": listed}
     asked = _asked(spec)
@@ -285,7 +285,13 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
         if what in asked and given[what] is None:
             raise ConfigError("adapter.pairing", f"'{spec.resolved_pairing}' {problem}", fix=fix)
     pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
-    return pairing(rank, generator, **{what: value for what, value in given.items() if what in asked})
+    return pairing(rank, _generator(spec, name), **{what: value for what, value in given.items() if what in asked})
+
+
+def _generator(spec: AdapterSpec, name: str) -> torch.Generator:
+    """Return the random generator of the layer ``name``, which the seed of ``spec`` and the name determine."""
+    digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _named(spec: AdapterSpec, name: str) -> AdapterSpec:

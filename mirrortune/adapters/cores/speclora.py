@@ -21,8 +21,9 @@ class SpecLora(Scale):
     """Scale on the ``top_k`` leading directions, plus a LoRA branch (alpha / rank) B A beside it.
 
     W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) trained numbers.
-    Initially lambda = 0 and B = 0, and A is uniform as in LoRA, seeded by ``init_seed`` and the layer's shape. The
-    method's rank is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default, a scale of 1.
+    Initially lambda = 0 and B = 0, and A is uniform as in LoRA, drawn for each layer from the run's seed, the layer's
+    name and ``init_seed``. The method's rank is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default,
+    a scale of 1.
 
     Reference: SpecLoRA (arXiv 2505.23099), of which only the abstract is public: LoRA with learnable rescaling of the
     top singular directions. As far as the abstract tells, one thing differs: true singular directions are used instead
@@ -36,6 +37,7 @@ class SpecLora(Scale):
         self,
         S: Tensor,
         shape: tuple[int, int],
+        generator: torch.Generator,
         *,
         top_k: int | Literal["all"] = 16,
         lora_rank: int = 8,
@@ -48,7 +50,7 @@ class SpecLora(Scale):
         if not 0 <= init_seed < 2**32:
             raise ConfigError("adapter.options.init_seed", f"got {init_seed!r}", allowed="0 to 4294967295")
         out_features, in_features = shape
-        generator = torch.Generator().manual_seed(init_seed * 1_000_003 + out_features * 8191 + in_features)
+        generator.manual_seed(generator.initial_seed() ^ init_seed)
         bound = 1 / math.sqrt(in_features)
         start = torch.rand(lora_rank, in_features, generator=generator, dtype=S.dtype) * 2 * bound - bound
         self.factor = 1.0 if lora_alpha is None else lora_alpha / lora_rank

@@ -169,6 +169,20 @@ def test_the_rank_of_speclora_is_that_of_its_branch() -> None:
         built("adapter.rank=full")
 
 
+def test_the_branch_of_speclora_starts_anew_in_every_layer_and_run() -> None:
+    def start(*shape: int, seed: int = 0, name: str = "a", **options: Any) -> torch.Tensor:
+        spec = AdapterSpec(method="speclora", seed=seed, options=options)
+        return build_core(spec, torch.ones(shape), name, (9, 7)).get_parameter("lora_A").detach()
+
+    first = start(6)
+    assert torch.equal(first, start(6))
+    assert float(first.abs().max()) <= 7**-0.5
+    for other in (start(6, seed=1), start(6, name="b"), start(6, init_seed=1)):
+        assert not torch.equal(first, other)
+    one, two = start(2, 6)
+    assert not torch.equal(one, two)
+
+
 def test_in_python_too(tmp_path: Path) -> None:
     model = mirrortune.attach(tiny_bert(), method="speclora", rank=3, target_modules="query")
 
