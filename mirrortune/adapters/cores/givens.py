@@ -46,8 +46,8 @@ class Givens(Core):
     sqrt(S_i^2 + S_j^2) per angle and S_i per scale: far in strong directions and hardly at all in weak ones. With
     ``movement``, parameters are multiplied by factors such that every step moves the weight as far as in a plane or
     direction of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`); with ``weight``,
-    such that it moves the weight by its own size in the Frobenius norm, in every layer, as do the parameters of SVFT
-    and LoRA-XS. All units reach the same weights.
+    such that a scale moves the weight by its own size in the Frobenius norm, in every layer, as do the parameters of
+    SVFT and LoRA-SB, and an angle by sqrt(2) times its size. All units reach the same weights.
 
     Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), with one round. It specifies
     neither the position of diag(S) nor the initial angles; only between U and diag(S) are the axes of R ordered by
