@@ -20,11 +20,12 @@ class Svft(Core):
     """K = diag(S) + M, M zero outside a fixed pattern.
 
     The pattern ``plain`` is the diagonal, R numbers. ``banded`` adds ``bands`` = d off-diagonals on each side, in total
-    R(2d+1) - d(d+1) numbers. ``random`` has as many: the diagonal and positions drawn with ``pattern_seed``.
+    R(2d+1) - d(d+1) numbers. ``random`` has as many: the diagonal and positions drawn with ``pattern_seed``. The
+    file of an adapter does not hold them, so they are the same for every run and every layer of one rank.
 
     Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero initially, so the model starts as the base;
-    the paper's code draws M at random through a gate, and draws random positions with replacement from the global
-    generator.
+    the paper's code draws M at random through a gate, and draws all random positions, those of the diagonal too, with
+    replacement from the global generator.
     """
 
     S: Tensor
