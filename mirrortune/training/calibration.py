@@ -40,8 +40,9 @@ class CalibrationSettings:
     """How gradients are measured.
 
     Attributes:
-        saliency: of pairs: ``mean``, the gradient of the mean loss over all calibration rows; or ``rms``, the root mean
-            square of the gradients of batches, in which opposite gradients do not cancel.
+        saliency: of pairs: ``mean``, the sum of the gradients of the batches' mean losses, so that each batch weighs
+            the same, whatever its number of rows or tokens; or ``rms``, the root of the sum of their squares, in which
+            opposite gradients do not cancel.
         num_batches: number of calibration batches.
         warmup_steps: optimizer steps of the head before calibration.
         batch_size: rows per batch.
