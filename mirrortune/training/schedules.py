@@ -49,12 +49,17 @@ def lr_factor(
     elif schedule == "cosine-restarts":
         factor = _decay("cosine_with_restarts", 0, left, num_cycles=num_cycles)(step - warmup_steps)
     elif schedule == "wsd":
-        length = min(left, max(1, math.ceil(decay_ratio * total_steps)))
+        length = min(left, max(1, whole_steps(decay_ratio * total_steps)))
         factor = _decay("warmup_stable_decay", 0, left, num_decay_steps=length)(step - warmup_steps)
     else:
         start = max(1, warmup_steps)  # transformers takes 10,000 steps in place of a warm-up of 0
         factor = _decay("inverse_sqrt", start, None)(step - warmup_steps + start)
     return min_lr_ratio + (1.0 - min_lr_ratio) * factor if min_lr_ratio else factor
+
+
+def whole_steps(steps: float) -> int:
+    """Round a number of steps up, except for the rounding error of the product it is: 0.07 * 100 is above 7."""
+    return math.ceil(steps - 1e-9)
 
 
 @functools.cache

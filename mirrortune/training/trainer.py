@@ -31,7 +31,7 @@ from mirrortune.training.accumulator import StepClock, Tally, Totals
 from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
 from mirrortune.training.neftune import add_noise
 from mirrortune.training.optim import averaged_weights, build_optimizer
-from mirrortune.training.schedules import lr_factor
+from mirrortune.training.schedules import lr_factor, whole_steps
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
 from mirrortune.training.snapshots import FrozenBuffers, Snapshots, random_states_kept
 from mirrortune.training.step import Stepper, StepResult, make_update
@@ -97,7 +97,7 @@ class Trainer:
             self.steps_per_epoch = self.total_steps = settings.max_steps
         else:
             self.steps_per_epoch = self.feed.steps_per_epoch
-            planned = math.ceil(settings.epochs * self.steps_per_epoch)
+            planned = max(1, whole_steps(settings.epochs * self.steps_per_epoch))
             self.total_steps = min(planned, settings.max_steps or planned)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = _optimizer_of(model, settings)
@@ -235,7 +235,7 @@ class Trainer:
     def _lr_factor(self, step: int) -> float:
         settings, warmup = self.settings, self.settings.warmup_steps
         if warmup is None:
-            warmup = math.ceil(settings.warmup_ratio * self.total_steps)
+            warmup = whole_steps(settings.warmup_ratio * self.total_steps)
         return lr_factor(
             step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule,
             min_lr_ratio=settings.min_lr_ratio, num_cycles=settings.num_cycles, decay_ratio=settings.decay_ratio,

@@ -25,7 +25,7 @@ from mirrortune.errors import ConfigError, DivergedError, InterruptedRun
 from mirrortune.runs.checks import problems_of_names
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.training.optim import OptimizerSettings, build_optimizer, hidden_matrices, set_lr
-from mirrortune.training.schedules import Schedule, lr_factor
+from mirrortune.training.schedules import Schedule, lr_factor, whole_steps
 from mirrortune.training.trainer import Trainer
 from tests import tiny_runs
 from tests.tiny_runs import Adapted, adapt, make_trainer, terminate_after
@@ -111,6 +111,11 @@ def test_angles_and_biases_do_not_decay() -> None:
     assert {name.rsplit(".", 1)[-1] for name in cores[0]} == {"theta", "scale"}
     assert biases == ({"classifier.bias"}, 1e-3, 0.0)
     assert matrices == ({"classifier.weight"}, 1e-3, 0.1)
+
+
+def test_steps_are_rounded_up_but_for_the_rounding_of_their_product() -> None:
+    assert 0.07 * 100 > 7
+    assert [whole_steps(n) for n in (0.07 * 100, 1.1 * 10, 0.0, 0.1, 7.0, 7.001)] == [7, 11, 0, 1, 7, 8]
 
 
 @pytest.mark.parametrize("method", ["mirror", "none", "bitfit", "full"])
