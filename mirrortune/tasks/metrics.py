@@ -134,7 +134,8 @@ def _r2(predictions: Array, references: Array) -> float:
 
     if not np.isfinite(predictions).all():  # scikit-learn refuses them, but evaluation must still report the loss
         return math.nan
-    return float(r2_score(references, predictions)) if len(references) > 1 else 0.0
+    own, true = predictions.astype(np.float64), references.astype(np.float64)
+    return float(r2_score(true, own)) if len(references) > 1 else 0.0
 
 
 def _correlation(predictions: Array, references: Array, *, name: str) -> float:
@@ -142,6 +143,7 @@ def _correlation(predictions: Array, references: Array, *, name: str) -> float:
 
     if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0  # the correlation with a constant is undefined
+    predictions, references = predictions.astype(np.float64), references.astype(np.float64)
     with warnings.catch_warnings():  # nearly constant values, such as those before training, are valid
         warnings.simplefilter("ignore")
         return float(getattr(scipy.stats, name)(predictions, references).statistic)

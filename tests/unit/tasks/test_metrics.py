@@ -38,6 +38,16 @@ def test_metrics_of_classes(name: str, value: float) -> None:
     assert score([name], PREDICTED, TRUE)[name] == pytest.approx(value, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["pearson", "r2"])
+def test_scores_of_numbers_are_computed_in_float64(name: str) -> None:
+    """In float32, an offset of the targets takes the last digits of their variance."""
+    noise = np.random.default_rng(0).normal(size=(2, 500))
+    references = (1e4 + noise[0]).astype(np.float32)
+    predictions = (1e4 + noise[0] + noise[1]).astype(np.float32)
+    expected = METRICS[name].compute(predictions.astype(np.float64), references.astype(np.float64))
+    assert METRICS[name].compute(predictions, references) == expected
+
+
 @pytest.mark.parametrize(("name", "value"), [("pearson", 0.8), ("spearmanr", 0.8), ("mse", 0.5), ("mae", 0.5)])
 def test_metrics_of_numbers(name: str, value: float) -> None:
     assert score([name], NUMBERS, WANTED)[name] == pytest.approx(value, abs=1e-6)
