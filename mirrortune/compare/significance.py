@@ -25,11 +25,12 @@ class Paired:
     Attributes:
         label: label of the method.
         difference: difference of the mean scores, method minus reference.
-        p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds.
+        p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds,
+            and for scores that are not finite.
         p_adjusted: p-value after Holm's correction for the number of methods tested.
         low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
             of rows.
-        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` for fewer than two seeds.
+        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` without a p-value.
     """
 
     label: str
@@ -170,7 +171,7 @@ def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:
     import scipy.stats  # noqa: PLC0415
 
     gaps = np.asarray(values) - np.asarray(base)
-    if len(gaps) < 2:
+    if len(gaps) < 2 or not np.isfinite(gaps).all():
         return None
     if np.ptp(gaps) == 0:  # all differences are equal, so the statistic would be 0/0 or infinite
         return 1.0 if gaps[0] == 0 else 0.0

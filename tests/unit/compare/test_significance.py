@@ -102,6 +102,18 @@ def test_equal_scores_are_no_difference() -> None:
     assert (found.p_value, found.verdict) == (1.0, "within the noise")
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_changes_no_other_verdict(broken: float) -> None:
+    samples = {
+        "base": Sample(values=(0.5, 0.6, 0.7)), "broken": Sample(values=(0.5, broken, 0.7)),
+        "good": Sample(values=(0.9, 1.0, 1.101)),
+    }  # fmt: skip
+    found = {p.label: p for p in compare_with_reference(samples, "base", ACCURACY, higher_is_better=True)}
+    assert (found["broken"].p_value, found["broken"].p_adjusted, found["broken"].verdict) == (None, None, "not tested")
+    assert found["good"].p_adjusted == found["good"].p_value
+    assert found["good"].verdict == "better"
+
+
 def test_the_interval_sees_that_the_rows_are_a_sample_too() -> None:
     # The same few rows, every seed the same predictions: over seeds there is no spread at all, over rows there is.
     few, many = (
