@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 _RESAMPLES, _FEWEST = 2_000, 200
 _MOST_PROBABILITIES = 200_000_000  # that are resampled for one seed of a method; more take many minutes
 _LEVEL = 0.05
+_ROUNDING = 1e-9  # relative spread up to which differences of scores count as equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +26,8 @@ class Paired:
     Attributes:
         label: label of the method.
         difference: difference of the mean scores, method minus reference.
-        p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds,
-            and for scores that are not finite.
+        p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds, for scores that are not
+            finite, and for two equal differences without an interval, which have no spread to test against.
         p_adjusted: p-value after Holm's correction for the number of methods tested.
         low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
             of rows.
@@ -96,12 +97,14 @@ def compare_with_reference(
                 fix="Leave it out of --methods, or compare in another folder with -o",
             )  # fmt: skip
     others = [label for label in samples if label != reference]
-    p_values = [_t_test(samples[label].values, base.values) for label in others]
-    adjusted = holm(p_values)
+    intervals = [bootstrap_interval(samples[label], base, metric, seed=0) for label in others]
+    p_values = [
+        _t_test(samples[label].values, base.values, has_interval=interval is not None)
+        for label, interval in zip(others, intervals, strict=True)
+    ]
     found = []
-    for label, p, p_adjusted in zip(others, p_values, adjusted, strict=True):
+    for label, interval, p, p_adjusted in zip(others, intervals, p_values, holm(p_values), strict=True):
         difference = float(np.mean(samples[label].values) - np.mean(base.values))
-        interval = bootstrap_interval(samples[label], base, metric, seed=0)
         found.append(
             Paired(
                 label=label, difference=difference, p_value=p, p_adjusted=p_adjusted,
@@ -167,14 +170,17 @@ def _difference(sample: Sample, base: Sample) -> str:
     return ""
 
 
-def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:
+def _t_test(values: Sequence[float], base: Sequence[float], *, has_interval: bool) -> float | None:
     import scipy.stats  # noqa: PLC0415
 
     gaps = np.asarray(values) - np.asarray(base)
     if len(gaps) < 2 or not np.isfinite(gaps).all():
         return None
-    if np.ptp(gaps) == 0:  # all differences are equal, so the statistic would be 0/0 or infinite
-        return 1.0 if gaps[0] == 0 else 0.0
+    if np.ptp(gaps) <= _ROUNDING * np.abs(gaps).max():  # all are equal, so the statistic would be 0/0 or infinite
+        if not gaps.any():
+            return 1.0
+        # Two seeds of a metric that counts rows often tie; over the rows, an interval may still include zero.
+        return 0.0 if has_interval or len(gaps) > 2 else None
     return float(scipy.stats.ttest_rel(values, base).pvalue)
 
 

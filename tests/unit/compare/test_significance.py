@@ -114,6 +114,16 @@ def test_a_score_that_is_not_finite_changes_no_other_verdict(broken: float) -> N
     assert found["good"].verdict == "better"
 
 
+def test_two_seeds_that_tie_prove_nothing_without_rows() -> None:
+    def verdict(base: tuple[float, ...], other: tuple[float, ...]) -> str:
+        samples = {"base": Sample(values=base), "other": Sample(values=other)}
+        return compare_with_reference(samples, "base", ACCURACY, higher_is_better=True)[0].verdict
+
+    assert verdict((0.5, 0.5), (0.502, 0.502)) == "not tested"
+    assert verdict((0.1, 0.3), (0.2, 0.4)) == "not tested", "these differ by rounding"
+    assert verdict((0.5,) * 3, (0.502,) * 3) == "better"
+
+
 def test_the_interval_sees_that_the_rows_are_a_sample_too() -> None:
     # The same few rows, every seed the same predictions: over seeds there is no spread at all, over rows there is.
     few, many = (
