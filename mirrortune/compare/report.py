@@ -34,6 +34,7 @@ from mirrortune.tasks.metrics import METRICS, Metric
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
 _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
 _CHOSEN_ON_IT = " (chosen on it)"
+_ON_FEW_SEEDS = "`not significant` is no proof of noise: with few seeds and many methods, the t-test hardly passes"
 
 
 def compare(
@@ -232,11 +233,11 @@ def _tested(found: dict[str, Any], seeds: int) -> str:
         return (
             f"Difference to `{found['reference']}`; it counts as better or worse if {t_test} says so, which holds the "
             "chance of the seeds but not that of the rows: they are not resampled, because these runs keep no "
-            f"{what} of them"
+            f"{what} of them; {_ON_FEW_SEEDS}"
         )
     return (
         f"Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
-        f"it counts as better or worse if that interval and {t_test} both say so"
+        f"it counts as better or worse if that interval and {t_test} both say so; {_ON_FEW_SEEDS}"
     )
 
 

@@ -31,7 +31,8 @@ class Paired:
         p_adjusted: p-value after Holm's correction for the number of methods tested.
         low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
             of rows.
-        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` without a p-value.
+        verdict: ``better`` or ``worse``; ``within the noise`` if the interval includes zero; ``not significant`` if
+            only the t-test does not pass; ``not tested`` without a p-value.
     """
 
     label: str
@@ -79,6 +80,7 @@ def compare_with_reference(
 
     A difference counts as real only if the t-test over seeds is significant (p < 0.05 after Holm's correction) and the
     bootstrap interval over seeds and rows excludes zero. The t-test alone ignores that the rows, too, are a sample.
+    With few seeds and many methods it hardly ever passes, so failing it does not make a difference noise.
 
     Args:
         samples: scores by method, all with the same seeds.
@@ -189,6 +191,8 @@ def _verdict(
 ) -> str:
     if p is None:
         return "not tested"
-    if p >= _LEVEL or (interval and interval[0] <= 0 <= interval[1]):
+    if interval and interval[0] <= 0 <= interval[1]:
         return "within the noise"
+    if p >= _LEVEL:
+        return "not significant"
     return "better" if (difference > 0) == higher_is_better else "worse"

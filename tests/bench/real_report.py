@@ -97,7 +97,8 @@ def table(found: Found) -> str:
         lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
     lines += ["", "Mean and standard deviation over 3 seeds, times 100; (n): seeds, where fewer. + or -: better or "
               "worse than the first method by a paired t-test over seeds (Holm, p < 0.05) and by a bootstrap interval "
-              "over seeds and rows; no mark: within the noise, or not tested."]  # fmt: skip
+              "over seeds and rows; no mark: within the noise, not significant, which is no proof of noise (with few "
+              "seeds and many methods, the t-test hardly passes), or not tested."]  # fmt: skip
     lines += [f"Mean, {model}: over {', '.join(complete_tasks(found, model))}." for model in shown]
     for name, task in found.items():
         rows = ", ".join(f"{count:,} of {split}" for split, count in task["rows"].items())

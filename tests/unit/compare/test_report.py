@@ -160,7 +160,7 @@ def test_probabilities_that_runs_do_not_keep_are_not_resampled(tmp_path: Path) -
     (test,) = found["tests"]["test"]
     assert (test["low"], test["high"], test["verdict"]) == (None, None, "better")
     assert found["rows"] == {"test": 40}
-    assert "these runs keep no probabilities of them. " in table
+    assert "these runs keep no probabilities of them; `not" in table
 
 
 def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) ->
     _, table = report(compared)
     assert "scored on" not in table
     assert "which holds the chance of the seeds but not that of the rows: they are not resampled, because these runs " \
-        "keep no predictions of them. " in table  # fmt: skip
+        "keep no predictions of them; `not" in table  # fmt: skip
 
 
 def test_a_bar_in_the_name_of_a_method_adds_no_cell(tmp_path: Path) -> None:
