@@ -20,7 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
-from mirrortune.adapters.plain import RowRange, attach_rows, call_in_autocast, held_in, hold_statistics
+from mirrortune.adapters.plain import (
+    RowRange,
+    attach_rows,
+    call_in_autocast,
+    held_in,
+    hold_statistics,
+    keep_biases,
+)
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
@@ -201,6 +208,7 @@ def thaw(model: nn.Module) -> None:
     wide = [name for name in whole if held[name].dtype == torch.float32]
     if wide and attached.spec.preset.plain != "all" and holds_half(model):
         call_in_autocast(model)
+    keep_biases(model, whole)
     for parameter in plain_parameters(model).values():
         parameter.requires_grad = True
 

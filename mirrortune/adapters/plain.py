@@ -275,6 +275,32 @@ def _leave_autocast(module: nn.Module, *_: object) -> None:
         contexts.pop().__exit__(None, None, None)
 
 
+def keep_biases(model: nn.Module, names: Collection[str]) -> None:
+    """Call the quantised layers whose bias is among the named parameters without it from now on, and add it afterwards:
+    bitsandbytes converts a bias to the dtype that it computes in, in place, which rounds a trained one to 16 bits.
+    """
+    for module in modules_of(model, names).values():
+        if getattr(module, "bias", None) is not None and not all(map(is_plain, own(module))):
+            module.register_forward_pre_hook(_set_bias_aside)
+            module.register_forward_hook(_add_bias, always_call=True)
+
+
+_BIAS = "_mirrortune_bias"  # attribute of a quantised layer that is being called
+
+
+def _set_bias_aside(module: nn.Module, _: object) -> None:
+    vars(module)[_BIAS] = module.bias
+    module.register_parameter("bias", None)
+
+
+def _add_bias(module: nn.Module, _: object, output: Tensor | None) -> Tensor | None:
+    bias: nn.Parameter | None = vars(module).pop(_BIAS, None)
+    if bias is None:  # another hook has raised before
+        return output
+    module.register_parameter("bias", bias)
+    return None if output is None else (output + bias).to(output.dtype)
+
+
 def held_in(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model, adapted or not, by the names that they have without an adapter."""
     found = dict(model.named_parameters())

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
@@ -29,7 +29,9 @@ from mirrortune.merging.bases import load_plain
 from mirrortune.merging.in_memory import merged_state
 from mirrortune.models.load import find_model, load_model, task_config
 from mirrortune.models.quantized import dequantise, keep_trainable, loading_config
+from mirrortune.system.devices import widen
 from tests.spectral import relative
+from tests.tiny_models import tiny_causal
 
 TOKENS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 BITS = ["8bit", "4bit"]
@@ -149,6 +151,30 @@ def test_what_would_replace_a_packed_weight_is_refused(spec: AdapterSpec, proble
 def test_training_every_weight_of_a_quantised_model_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"'full' trains every weight, and .*q_proj\.weight is quantised"):
         attach(load(checkpoint, "8bit"), AdapterSpec(method="full"))
+
+
+@pytest.mark.parametrize("load_in", BITS)
+def test_trained_biases_of_packed_layers_stay_in_float32(tmp_path: Path, load_in: str) -> None:
+    """bitsandbytes converts a bias to the dtype of the input, in place."""
+    pytest.importorskip("bitsandbytes")
+    tiny_causal("Qwen2", hidden_size=64).bfloat16().save_pretrained(tmp_path)  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packing = loading_config(load_in, torch.bfloat16)
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=packing)
+        keep_trainable(model)
+        widen(model, find_targets(model, AdapterSpec(method="bitfit")).plain)
+        attach(model, AdapterSpec(method="bitfit"))
+        biases = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert len(biases) == 6
+        optimizer = torch.optim.AdamW(biases.values(), lr=1e-6)
+        before = {name: bias.detach().clone() for name, bias in biases.items()}
+        for _ in range(2):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert {bias.dtype for bias in biases.values()} == {torch.float32}
+    assert all(float((bias != before[name]).float().mean()) > 0.9 for name, bias in biases.items() if "k_" not in name)
 
 
 @pytest.mark.parametrize("load_in", BITS)
