@@ -101,7 +101,8 @@ def methods(which: str) -> str:
         if (found.peft is not None) == (which == "peft"):
             has_rank = found.core is not None or (found.peft is not None and found.peft.rank is not None)
             rank = str(found.rank) if has_rank else ""
-            rows.append((f"`{name}`", rank, f"{found.lr:g}", found.summary.replace("``", "`")))
+            images = "" if found.image_lr is None else f"; {found.image_lr:g} for images"
+            rows.append((f"`{name}`", rank, f"{found.lr:g}{images}", found.summary.replace("``", "`")))
     return table(("`--method`", "default rank", "default `--lr`", "what is trained"), rows)
 
 

@@ -53,6 +53,7 @@ class Preset:
         options: options of the core whose defaults differ from those of its class.
         rank_option: option of the core that the user's rank sets, instead of the number of directions.
         lr: default learning rate of the adapter or, without an adapter, of the trained base parameters.
+        image_lr: the same for image classification; None if it is ``lr``.
         plain: parameters of the base model that are trained directly, in addition to the task head.
         summary: description of one line for help texts.
     """
@@ -64,8 +65,13 @@ class Preset:
     options: Mapping[str, Any] = field(default_factory=dict)
     rank_option: str | None = None
     lr: float
+    image_lr: float | None = None
     plain: Literal["none", "bias", "all"] = "none"
     summary: str
+
+    def default_lr(self, kind: str | None) -> float:
+        """Return the default learning rate for a kind of task, such as ``image-classification``."""
+        return self.lr if self.image_lr is None or kind != "image-classification" else self.image_lr
 
     @property
     def is_head_only(self) -> bool:
@@ -147,6 +153,7 @@ PRESETS: dict[str, Preset] = {
         pairing="mirror",
         options={"scale_top_k": "all", "unit": "weight"},
         lr=2e-2,
+        image_lr=1e-2,
         summary="the rotations of mirror, and a scale for every singular value",
     ),
     "neighbor": Preset(

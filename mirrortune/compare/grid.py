@@ -106,7 +106,7 @@ class Chosen:
     is_at_edge: bool
 
 
-def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) -> Contender:
+def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None, kind: str | None = None) -> Contender:
     """Parse a method from the command line: ``NAME`` or ``NAME:key=value:...``.
 
     A key is a field of the recipe's adapter section (``rank``), a dotted key of the recipe (``train.epochs``), ``lr``
@@ -116,13 +116,14 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
         word: one item of ``--methods``.
         base_head_lr: learning rate of the head in the recipe, the default for methods that train only the head.
         lr_grid: learning rates for methods that set none; by default, rates around the default of each method.
+        kind: kind of task, which may determine that default.
 
     Raises:
         ConfigError: the method is unknown, a part is not ``key=value``, or a key is not one that methods may differ in.
     """
     name, *parts = word.split(":")
     chosen = preset(name, _WHERE)
-    lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.lr)
+    lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.default_lr(kind))
     settings: dict[str, Any] = {"adapter.method": name}
     lrs: tuple[float, ...] = ()
     for part in parts:
@@ -246,11 +247,11 @@ def make_grid(
     Raises:
         ConfigError: options are not valid; all problems are reported together.
     """
-    head_lr = next(iter(recipes.values())).train.head_lr
+    first = next(iter(recipes.values()))
     contenders, errors = [], []
     for word in methods.split(","):
         try:
-            contenders.append(parse_contender(word.strip(), head_lr, lr_grid))
+            contenders.append(parse_contender(word.strip(), first.train.head_lr, lr_grid, first.task.kind))
         except ConfigError as error:
             errors.append(error)
     labels = [c.label for c in contenders]

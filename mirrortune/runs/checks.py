@@ -209,7 +209,7 @@ def unpack(recipe: Recipe) -> RunSettings:
     spec, section = _adapter_spec(recipe), recipe.train
     _check(recipe, spec)
     scored = unpack_for_eval(recipe)
-    lr = preset(spec.method).lr if section.lr is None else section.lr
+    lr = preset(spec.method).default_lr(recipe.task.kind) if section.lr is None else section.lr
     return RunSettings(
         **{field.name: getattr(scored, field.name) for field in fields(scored)},
         adapter=spec, form="portable" if spec.basis == "gradient" else recipe.adapter.form,

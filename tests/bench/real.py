@@ -126,7 +126,8 @@ def kept_rates(task: Task) -> dict[str, float]:
             found |= {_plain(label): method["lr"] for label, method in own["methods"].items()}
     found["adaptive:scale_top_k=all"] = found["mirror:scale_top_k=all"]
     found |= {f"{pairing}:unit=angle": found[pairing] for pairing in ("mirror", "neighbor", "random")}
-    return {**found, **{name: preset(name).lr for name in ("mirror-scale", "lora-sb")}}
+    kind = "text-classification" if task.is_text else "image-classification"
+    return {**found, **{name: preset(name).default_lr(kind) for name in ("mirror-scale", "lora-sb")}}
 
 
 def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -241,6 +242,14 @@ def test_a_rate_of_a_method_is_the_middle_of_its_grid() -> None:
     for grid in (None, "1e-3,1e-2"):
         assert parse_contender("mirror:train.lr=1e-4", base_head_lr=1e-3, lr_grid=grid).lrs == (3e-5, 1e-4, 3e-4)
         assert parse_contender("mirror:lr=1e-4", base_head_lr=1e-3, lr_grid=grid).lrs == (1e-4,)
+
+
+def test_a_default_rate_is_that_of_the_kind_of_task() -> None:
+    options: dict[str, Any] = {"seeds": 1, "tune_seeds": 1, "lr_grid": None, "extensions": 0}
+    for kind, expected in (("image-classification", (3e-3, 1e-2, 3e-2)), ("text-classification", around(2e-2))):
+        recipe = resolve([override_layer([f"task.kind={kind}"])]).recipe
+        (found,) = make_grid({"rows": recipe}, "mirror-scale", **options).contenders
+        assert found.lrs == expected
 
 
 def test_names_that_lead_to_the_same_folder_are_refused() -> None:

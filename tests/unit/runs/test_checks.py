@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirrortune.config.recipe import override_layer, resolve
-from mirrortune.runs.checks import inputs_of, unpack_for_eval
+from mirrortune.runs.checks import inputs_of, unpack, unpack_for_eval
 
 
 def test_every_data_set_of_a_list_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +26,18 @@ def test_every_data_set_of_a_list_is_an_input(tmp_path: Path, monkeypatch: pytes
     assert settings.sources[1].columns == {"label_column": "y"}
     one = unpack_for_eval(resolve([override_layer(["data.path=a.csv"])]).recipe).data
     assert (one.is_mixture, one.place) == (False, settings.sources[0].place.__class__.parse("a.csv"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["task.kind=image-classification"], 1e-2),
+        (["task.kind=text-classification"], 2e-2),
+        (["task.kind=image-classification", "adapter.method=mirror"], 2e-2),
+        (["task.kind=image-classification", "train.lr=2e-2"], 2e-2),
+    ],
+)
+def test_the_default_rate_depends_on_the_kind_of_task(words: list[str], expected: float) -> None:
+    recipe = resolve([override_layer(["model.name=m", "data.path=rows", *words])]).recipe
+
+    assert unpack(recipe).loop.lr == expected
