@@ -224,6 +224,8 @@ def name_classes(model: nn.Module, adapter: AdapterFile) -> None:
     if config is None or not adapter.head:
         return
     fields = config_fields(adapter, _task_of(adapter) if kind in task_kinds() else None)
+    if adapter.task is None and all(name.startswith("LABEL_") for name in fields.get("id2label", {}).values()):
+        return  # names that transformers gives to classes without one
     for name in ("id2label", "label2id", "problem_type"):
         if name in fields:
             setattr(config, name, fields[name])

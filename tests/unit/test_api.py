@@ -181,6 +181,15 @@ def test_a_head_of_another_size_is_merged_too(tiny_model_dir: Path, tmp_path: Pa
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_names_of_classes_give_way_to_real_ones_only(tiny_model_dir: Path, tmp_path: Path) -> None:
+    names, others = {0: "pos", 1: "neg"}, {0: "up", 1: "down"}
+    mirrortune.save_adapter(mirrortune.attach(load_base(tiny_model_dir)), tmp_path / "unnamed")
+    mirrortune.save_adapter(mirrortune.attach(load_base(tiny_model_dir, id2label=others)), tmp_path / "named")
+    for folder, expected in (("unnamed", names), ("named", others)):
+        loaded: Any = mirrortune.load_adapter(load_base(tiny_model_dir, id2label=names), tmp_path / folder)
+        assert loaded.config.id2label == expected
+
+
 def test_an_adapter_is_not_saved_into_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
     """The folder would then be taken for an adapter in place of a model."""
     folder = tmp_path / "base"
