@@ -136,9 +136,8 @@ def save_adapter(
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
 
     Raises:
-        ConfigError: the model has no adapter, ``directory`` is a file or the base model's folder, the id is invalid,
-            parameters require gradients that neither the adapter nor ``also_train`` holds, or trained parameters are
-            not finite.
+        ConfigError: the model has no adapter, ``directory`` is a file, the id is invalid, parameters require
+            gradients that neither the adapter nor ``also_train`` holds, or trained parameters are not finite.
         HubError: the upload failed.
     """
     if repository is not None:
@@ -151,11 +150,9 @@ def save_adapter(
     check_saved_whole(model)
     _check_finite(model)
     base = _describe_base(model)
-    target = local_path(directory) / path_inside(subfolder)
-    if base["name"] is not None and target.is_dir() and Path(base["name"]).exists() and target.samefile(base["name"]):
-        raise ConfigError(str(directory), "it is the folder of the base model", fix="Name another folder")
 
     files = adapter_contents(model, _book_of(model).entries, base=base, task=None, extra={}, form=form)
+    target = local_path(directory) / path_inside(subfolder)
     _save_files(target, files)
     if repository is not None:
         _send(target, repository, revision, subfolder)

@@ -8,7 +8,6 @@ import gc
 import inspect
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import weakref
@@ -188,20 +187,6 @@ def test_names_of_classes_give_way_to_real_ones_only(tiny_model_dir: Path, tmp_p
     for folder, expected in (("unnamed", names), ("named", others)):
         loaded: Any = mirrortune.load_adapter(load_base(tiny_model_dir, id2label=names), tmp_path / folder)
         assert loaded.config.id2label == expected
-
-
-def test_an_adapter_is_not_saved_into_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The folder would then be taken for an adapter in place of a model."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, folder)
-    model = mirrortune.attach(load_base(folder))
-    (tmp_path / "link").symlink_to(folder)
-    for place in (folder, tmp_path / "link"):
-        with pytest.raises(ConfigError, match="it is the folder of the base model"):
-            mirrortune.save_adapter(model, place)
-    mirrortune.save_adapter(model, folder, subfolder="adapter")
-    assert (folder / "adapter" / "adapter.json").is_file()
-    assert not (folder / "adapter.json").exists()
 
 
 def test_only_the_known_format_is_merged(tmp_path: Path) -> None:
