@@ -28,7 +28,7 @@ from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapters.svd import Rank
 from mirrortune.errors import ConfigError, ResourceError, in_python_terms
-from mirrortune.merging.bases import name_classes
+from mirrortune.merging.bases import class_fields
 from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
 from mirrortune.merging.push import pack_adapter
@@ -203,6 +203,7 @@ def load_adapter(
     check_plain(model, "load_adapter")
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     adapter = read_adapter(folder)
+    names = class_fields(adapter)
     rows = [found for name in adapter.plain if (found := RowRange.parse(name))]
     with changes(model) if rows else nullcontext():
         for new in rows:
@@ -211,7 +212,9 @@ def load_adapter(
         book = load_into(model, adapter, FactorCache(), force_base=force_base)
     for remark in book.remarks:
         warnings.warn(f"loaded by force: {remark}", stacklevel=3)
-    name_classes(model, adapter)
+    if (config := getattr(model, "config", None)) is not None:
+        for name, value in names.items():
+            setattr(config, name, value)
     _remember(model, book)
     return model
 

@@ -247,11 +247,12 @@ def make_grid(
     Raises:
         ConfigError: options are not valid; all problems are reported together.
     """
-    first = next(iter(recipes.values()))
+    first, kinds = next(iter(recipes.values())), {recipe.task.kind for recipe in recipes.values()}
+    kind = first.task.kind if len(kinds) == 1 else None
     contenders, errors = [], []
     for word in methods.split(","):
         try:
-            contenders.append(parse_contender(word.strip(), first.train.head_lr, lr_grid, first.task.kind))
+            contenders.append(parse_contender(word.strip(), first.train.head_lr, lr_grid, kind))
         except ConfigError as error:
             errors.append(error)
     labels = [c.label for c in contenders]

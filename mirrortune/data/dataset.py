@@ -289,8 +289,8 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
 def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     """Read one folder for each class, or folders train, validation and test of such folders; also return remarks.
 
-    A folder named as a split is a class if it is the only one, holds images but no folders of them, and is beside other
-    folders of images.
+    A folder named ``train`` is a class if no other is named as a split, it holds images but no folders of them, and it
+    is beside other folders of images. (A folder ``test`` of images alone rather lacks their classes.)
     """
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
@@ -302,7 +302,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
         remarks += [f"{name}: {remark}" if parts else remark for remark in found[name].remarks]
         if parts and found[name].table is None:
             remarks.append(f"{name}: {part} has no folder of images or recordings for each class")
-    if len(parts) == 1 and all(c.table is None for c in found.values()):
+    if parts.keys() == {"train"} and found["train"].table is None:
         part = next(iter(parts.values()))
         if holds_media(part) and any(holds_media(sub) for sub in subs.values() if sub != part):
             whole = class_folder(folder)

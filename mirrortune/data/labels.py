@@ -48,7 +48,9 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
     """Return notes on labels that may be misread: lists written as text, numbers used as classes, nan among numbers."""
     if feature_names(table, column) or pa.types.is_nested(table.schema.field(column).type):
         return []
-    notes = [headless(column, "one of its classes")] if column in names else []
+    # A column may well be called spam, and hold spam and ham; one that is called "a great film" is a row.
+    has_texts = any(len(name.split()) > 1 for name in table.column_names)
+    notes = [headless(column, "one of its classes")] if column in names and has_texts else []
     if holds_lists_as_text(names):
         notes.append(
             f"label column '{column}' holds lists written as text, such as {names[0]!r}, each of which is one class; "

@@ -218,17 +218,19 @@ def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
 
 
-def name_classes(model: nn.Module, adapter: AdapterFile) -> None:
-    """Give the classes of an adapter's head their names in the configuration of ``model``, which may have others."""
-    config, kind = getattr(model, "config", None), (adapter.task or {}).get("kind")
-    if config is None or not adapter.head:
-        return
+def class_fields(adapter: AdapterFile) -> dict[str, Any]:
+    """Return the fields of a configuration that name the classes of an adapter's head; empty if it names none.
+
+    Raises:
+        VerificationError: the adapter's task is damaged.
+    """
+    if not adapter.head:
+        return {}
+    kind = (adapter.task or {}).get("kind")
     fields = config_fields(adapter, _task_of(adapter) if kind in task_kinds() else None)
     if adapter.task is None and all(name.startswith("LABEL_") for name in fields.get("id2label", {}).values()):
-        return  # names that transformers gives to classes without one
-    for name in ("id2label", "label2id", "problem_type"):
-        if name in fields:
-            setattr(config, name, fields[name])
+        return {}  # names that transformers gives to classes without one
+    return {name: fields[name] for name in ("id2label", "label2id", "problem_type") if name in fields}
 
 
 def check_class(adapter: AdapterFile) -> None:

@@ -26,6 +26,7 @@ from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.labels import in_order
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.merging.bases import load_adapted, load_unadapted
 from mirrortune.models.gaps import describe_missing
@@ -450,7 +451,7 @@ def _of_few_classes(request: TaskRequest, rows: Split, names: tuple[str, ...]) -
     except DataError:
         if request.labels is not None or not names:
             raise
-        return request.make(rows, labels=names)[0]
+        return request.make(rows, labels=tuple(in_order(set(names))))[0]
 
 
 def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import sys
@@ -39,10 +40,10 @@ from mirrortune.system.devices import peak_resident_bytes, resolve_precision
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import Task, task_to_dict
+from mirrortune.tasks.base import Task, labels_of, task_to_dict
 from mirrortune.tasks.metrics import METRICS
 from mirrortune.training.evaluate import EvalResult, evaluate_split
-from mirrortune.training.settings import FitResult
+from mirrortune.training.settings import FitResult, LoopSettings
 
 _ENVIRONMENT = "environment.json"
 
@@ -127,6 +128,33 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     ]
     if differing:
         raise ConfigError.several(differing)
+
+
+def resumed_rate(run: RunDirectory, settings: LoopSettings) -> float:
+    """Return the peak learning rate that a run was started with, which may be a default of an earlier version.
+
+    The log has the rates of the adapter and of the head at the same step, which are in the proportion of their peaks.
+    """
+    for event in run.events():
+        if event["event"] == "train" and event.get("head_lr"):
+            peak = float(event["lr"]) / float(event["head_lr"]) * settings.head_lr
+            return settings.lr if math.isclose(peak, settings.lr, rel_tol=1e-6) else float(f"{peak:.6g}")
+    return settings.lr
+
+
+def check_same_classes(job: Job, run: RunDirectory) -> None:
+    """Check that the outputs of a resumed run have the classes, in their order, that its checkpoints were trained for.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    steps, labels = run.saved_steps(), labels_of(job.task)
+    before = (read_adapter(run.checkpoint(steps[-1])).task or {}).get("labels") if steps and labels else None
+    if before is not None and tuple(before) != labels:
+        raise ConfigError(
+            "--resume", f"an earlier version began the run with the classes {', '.join(before)} in this order, which "
+            f"would be {', '.join(labels)} now", fix="Start anew with --overwrite",
+        )  # fmt: skip
 
 
 _ANEW = "start anew with --overwrite"

@@ -25,6 +25,7 @@ from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
     check_same_base,
+    check_same_classes,
     check_same_data,
     check_same_recipe,
     environment,
@@ -32,6 +33,7 @@ from mirrortune.runs.results import (
     peak_reserved_bytes,
     pin_paths,
     restore_kept,
+    resumed_rate,
     run_name,
     score_reported,
     write_results,
@@ -175,9 +177,15 @@ def _train(
 
 def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: Any, reporter: Reporter) -> Job:
     """Assemble the job of a run, and check that it can be resumed on this data and launched in this way."""
+    if resumed is not None:
+        lr = sync.from_main(accelerator, lambda: resumed_rate(resumed, settings.loop))
+        if lr != settings.loop.lr:
+            reporter.note(f"train.lr: {lr:g}, the default when the run was started (now {settings.loop.lr:g})")
+            settings = replace(settings, loop=replace(settings.loop, lr=lr))
     job = assemble(settings, reporter)
     if resumed is not None:
         sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
+        sync.from_main(accelerator, lambda: check_same_classes(job, resumed))
     if Sharding.of(accelerator).stage and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     return job

@@ -175,6 +175,9 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
         if any(id(parameter) in widened for parameter in own):
             for tensor in (*(parameter for parameter in own if parameter.ndim == 1), *module.buffers(recurse=False)):
                 tensor.data = tensor.data.float() if tensor.dtype in _HALF else tensor.data
+    if widened and not holds_half(model):  # nothing computes in 16 bits any more, modules without parameters included
+        for buffer in model.buffers():
+            buffer.data = buffer.data.float() if buffer.dtype in _HALF else buffer.data
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:

@@ -166,7 +166,7 @@ def output_names(config: Any) -> tuple[str, ...]:
 def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list[str]]:
     """Return the task with its classes in the order of a model's outputs, and notes on classes that do not match.
 
-    Names are compared without regard to case and to the characters between words.
+    Names that differ are compared without regard to case, and to blanks and underscores between words.
 
     Args:
         task: task with the classes of the data.
@@ -177,7 +177,8 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
     labels, outputs = labels_of(task), output_names(config)
     if not labels or len(outputs) < len(labels):
         return task, []
-    ours, theirs = ({_plain(name): name for name in names} for names in (labels, outputs))
+    form = str if set(labels) <= set(outputs) else _plain
+    ours, theirs = ({form(name): name for name in names} for names in (labels, outputs))
     is_known = set(ours) <= set(theirs) and (len(ours), len(theirs)) == (len(labels), len(outputs))
     if not is_known and len(labels) == len(outputs):
         pairs = [f"{theirs} = {ours}" for theirs, ours in zip(outputs, labels, strict=True) if theirs != ours]
@@ -197,7 +198,7 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", name.casefold()).strip() or name
+    return re.sub(r"[\s_]+", " ", name.casefold()).strip() or name
 
 
 def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from mirrortune.system.devices import as_computed, evaluating
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
-from mirrortune.tasks.base import ComparesRows, Task, scores_vocabulary
+from mirrortune.tasks.base import ComparesRows, Generates, Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 from mirrortune.tasks.prompts import Around, PromptExamples, unchanged
 
@@ -125,7 +125,8 @@ def _scored(
     """Run the model on all rows and gather the results of all ranks."""
     on_batch, should_stop, around = how.get("on_batch"), how.get("should_stop"), how.get("around", unchanged)
     found: list[_Scored] = []
-    kept = nullcontext() if Sharding.of(accelerator).shards_weights else weights_kept(model)
+    writes = isinstance(examples, (AnsweredExamples, PromptExamples)) or isinstance(task, Generates)
+    kept = weights_kept(model) if writes and not Sharding.of(accelerator).shards_weights else nullcontext()
     with evaluating(model), kept:
         slices = _slices(examples.lengths, accelerator.num_processes, how["batch_size"], how.get("max_positions"))
         with closing(_batches(examples, accelerator, slices, how.get("num_workers", 0))) as batches:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrortune.adapters.layers import Spectral
 from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import write_tiny_causal
 
@@ -72,3 +73,16 @@ def test_other_kinds_have_no_answers(desk: Path, tiny_model_dir: Path) -> None:
         outcome = mirrortune("train", *words, setting)
         assert outcome.exit_code == 2
         assert f"{setting.partition('=')[0]}: text-classification has none" in outcome.said
+
+
+def test_weights_of_dense_layers_are_computed_once_for_a_batch_of_answers(
+    problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("task.answer=gsm8k", "task.format=text", "adapter.strategy=dense", "eval.before=false")
+    assert train(problems, *words, "--max-steps", 1).exit_code == 0
+    adapt, calls = Spectral.adapt, []
+    monkeypatch.setattr(Spectral, "adapt", lambda own, *given: calls.append(own) or adapt(own, *given))
+
+    assert mirrortune("eval", "run").exit_code == 0
+
+    assert len(calls) == len(set(calls)) > 0

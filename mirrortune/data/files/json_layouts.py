@@ -38,7 +38,7 @@ def refuse_frame(path: Path, row: Any) -> None:
 
 def refuse_wrapped_rows(path: Path, row: Any) -> None:
     """Raise a DataError for the only object of a file if it holds lists of rows, such as ``{"data": [...]}``."""
-    found = row.items() if isinstance(row, dict) else ()
+    found = row.items() if isinstance(row, dict) and not any(isinstance(v, str) for v in row.values()) else ()
     keys = [key for key, value in found if key.lower() in _KEYS and _are_rows(value)]
     if not keys:
         return

@@ -136,6 +136,7 @@ def _named(*outputs: str) -> SimpleNamespace:
         (("x", "a"), ("a", "b"), ()),
         (("a", "A"), ("a", "b"), ()),
         (("b",), ("a", "b"), ()),
+        (("a b", "A_B"), ("a", "b"), ()),
     ],
 )
 def test_classes_take_the_order_of_the_outputs(
@@ -180,3 +181,15 @@ def test_tags_take_the_order_of_the_outputs() -> None:
 
     assert classes_of(found) == ("O", "B-PER", "B-LOC")
     assert notes == ["classes in the order of the model's outputs: O, B-PER, B-LOC"]
+
+
+@pytest.mark.parametrize("names", [("-1", "1"), ("C", "C++", "C#"), ("A+", "A-")])
+def test_names_that_differ_in_signs_are_told_apart(names: tuple[str, ...]) -> None:
+    given = classification(labels=names)
+
+    turned, notes = with_outputs(given, _named(*reversed(names)), is_given=False)
+    more, _ = with_outputs(given, _named("0", *names), is_given=False)
+
+    assert turned.labels == names[::-1]  # type: ignore[attr-defined]
+    assert notes == [f"classes in the order of the model's outputs: {', '.join(reversed(names))}"]
+    assert more.labels == ("0", *names)  # type: ignore[attr-defined]
