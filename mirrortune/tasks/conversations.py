@@ -402,9 +402,7 @@ def _as_message(given: Any, where: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     kept = {key: value for key, value in turn.items() if value is not None and key not in _OWN_KEYS}
     name = role.strip().lower() if isinstance(role, str) else ""
-    weights = [
-        float(kept.pop(flag)) for flag in _FLAGS if isinstance(kept.get(flag), int | float) and kept[flag] in (0, 1)
-    ]
+    weights = [float(kept.pop(flag)) for flag in _FLAGS if isinstance(kept.get(flag), int) and kept[flag] in (0, 1)]
     if turn.get("weight") is not None:
         weights.append(_as_weight(turn["weight"], where))
         if weights[-1] not in (0.0, 1.0):
