@@ -64,7 +64,7 @@ class TaskSection(_Section):
     kind: str | None = None
     """Kind of task, such as text-classification."""
     labels: typing.Annotated[tuple[str, ...], AfterValidator(_all_different)] | None = None
-    """Class names in the order of the model's outputs; by default those of the data, in the order of a classifier's."""
+    """Class names by output of the model; by default those of the data, in the order of the base if it has the same."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute at every evaluation; those of the kind of task by default."""
     selection_metric: str | None = None

@@ -125,8 +125,8 @@ def _scored(
     """Run the model on all rows and gather the results of all ranks."""
     on_batch, should_stop, around = how.get("on_batch"), how.get("should_stop"), how.get("around", unchanged)
     found: list[_Scored] = []
-    writes = isinstance(examples, (AnsweredExamples, PromptExamples)) or isinstance(task, Generates)
-    kept = weights_kept(model) if writes and not Sharding.of(accelerator).shards_weights else nullcontext()
+    generates = isinstance(examples, (AnsweredExamples, PromptExamples)) or isinstance(task, Generates)
+    kept = weights_kept(model) if generates and not Sharding.of(accelerator).shards_weights else nullcontext()
     with evaluating(model), kept:
         slices = _slices(examples.lengths, accelerator.num_processes, how["batch_size"], how.get("max_positions"))
         with closing(_batches(examples, accelerator, slices, how.get("num_workers", 0))) as batches:

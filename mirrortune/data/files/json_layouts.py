@@ -13,6 +13,7 @@ from typing import Any
 from mirrortune.data.files.splits import SPLIT_NAMES
 from mirrortune.data.files.text_files import is_gzipped
 from mirrortune.errors import DataError
+from mirrortune.system.paths import table_suffix
 
 # Keys under which a file may hold its rows: those of its splits, and common ones.
 _KEYS = {*itertools.chain(*SPLIT_NAMES.values()), "data", "rows", "records", "examples", "items", "instances"}
@@ -37,9 +38,16 @@ def refuse_frame(path: Path, row: Any) -> None:
 
 
 def refuse_wrapped_rows(path: Path, row: Any) -> None:
-    """Raise a DataError for the only object of a file if it holds lists of rows, such as ``{"data": [...]}``."""
-    found = row.items() if isinstance(row, dict) and not any(isinstance(v, str) for v in row.values()) else ()
-    keys = [key for key, value in found if key.lower() in _KEYS and _are_rows(value)]
+    """Raise a DataError for the only object of a file if it holds lists of rows, such as ``{"data": [...]}``.
+
+    In a file of a row a line, an object that holds a text beside such a list is a row. In other JSON files the text may
+    be the version of the data, as in SQuAD's.
+    """
+    if not isinstance(row, dict) or (
+        table_suffix(path) != ".json" and any(isinstance(value, str) for value in row.values())
+    ):
+        return
+    keys = [key for key, value in row.items() if key.lower() in _KEYS and _are_rows(value)]
     if not keys:
         return
     name, is_one = shlex.quote(path.name), len(keys) == 1

@@ -119,9 +119,16 @@ def test_a_cell_may_hold_any_character(tmp_path: Path, inside: str) -> None:
 @pytest.mark.parametrize("key", ["data", "train"])
 def test_rows_inside_of_one_object_are_refused_with_a_command(tmp_path: Path, key: str, indent: int | None) -> None:
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
-    path = write(tmp_path, "a.json", json.dumps({"version": 1, key: rows}, indent=indent))
+    path = write(tmp_path, "a.json", json.dumps({"version": "v2.0", key: rows}, indent=indent))  # as SQuAD's
     with pytest.raises(DataError, match=rf"rows in '{key}'.*: jq -c '\.{key}\[\]' a\.json > rows\."):
         read_table(path)
+
+
+def test_a_single_line_with_a_list_beside_a_text_is_a_row(tmp_path: Path) -> None:
+    row = {"text": "a", "items": [{"name": "b"}]}
+    assert read_table(write(tmp_path, "a.jsonl", json.dumps(row))).num_rows == 1
+    with pytest.raises(DataError, match="one object with all rows in 'items'"):
+        read_table(write(tmp_path, "b.jsonl", json.dumps({"items": row["items"]})))
 
 
 def test_splits_inside_of_one_object_become_files(tmp_path: Path) -> None:
