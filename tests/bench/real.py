@@ -13,10 +13,10 @@ wave run on every task before those of the second, so that a table of few method
 methods follow each other, each with all its seeds. TREC (classes) and STS-B (numbers) choose each method's learning
 rate by the score of its first seed: the rate that a larger comparison has chosen for the same model
 (``tests/bench/results``), or three times it, since short runs want higher ones. (Not by the loss: it is as low at 1e-1
-as at 3e-2 for mirror on TREC, where the accuracy is lower.) The other texts take the rate that TREC has chosen, images
-the rate of Fashion-MNIST's comparison, which has runs as short: their rows choose nothing but, for some, the epoch of
-the checkpoint. The data is that of ``tests/bench/real_hub.py``; MiniLM-L6 comes from a package, DINOv2-small from
-``tests/bench/assets.py``.
+as at 3e-2 for mirror on TREC, where the accuracy is lower.) The other texts take the rate that TREC has chosen (other
+pairs that of mirror pairs, so that nothing but the pairs differs), images the rate of Fashion-MNIST's comparison, which
+has runs as short: their rows choose nothing but, for some, the epoch of the checkpoint. The data is that of
+``tests/bench/real_hub.py``; MiniLM-L6 comes from a package, DINOv2-small from ``tests/bench/assets.py``.
 """
 
 from __future__ import annotations
@@ -141,7 +141,12 @@ def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:
     file = folder / task.tuned_on / "results.json"
     own = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task.tuned_on].recipe] if file.is_file() else {}
     chosen = {_plain(label): f"{found['lr']:g}" for label, found in own.get("methods", {}).items() if found["lr"]}
-    return {method: chosen.get(method, "?") for method in methods}
+    return {method: chosen.get(_with_mirror_pairs(method), "?") for method in methods}
+
+
+def _with_mirror_pairs(method: str) -> str:
+    pairing, *options = method.split(":")
+    return ":".join(("mirror" if pairing in ("neighbor", "random", "adaptive") else pairing, *options))
 
 
 def command(name: str, methods: Sequence[str], folder: Path, options: argparse.Namespace) -> list[str]:

@@ -57,6 +57,10 @@ def test_every_method_tries_the_rate_that_a_kept_comparison_has_chosen(tmp_path:
     )
     words["rte"] = real.command("rte", methods, tmp_path, options)
     assert words["rte"][words["rte"].index("--methods") + 1] == "mirror:lr=0.1,lora:rank=8:lr=?"
+    words["rte"] = real.command("rte", ("random", "neighbor:unit=angle"), tmp_path, options)
+    assert words["rte"][words["rte"].index("--methods") + 1] == "random:lr=0.1,neighbor:unit=angle:lr=?", (
+        "of mirror pairs"
+    )
 
 
 def comparison(folder: Path, recipe: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
