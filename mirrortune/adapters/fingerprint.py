@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import VerificationError
+from mirrortune.system.distributed.sharding import is_whole
 
 # Largest difference of |p^T u| between a repaired basis and the stored sketch; p has unit-variance entries, so this
 # bounds the distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
@@ -125,12 +126,34 @@ def sampled_digest(model: nn.Module, left_out: Container[str]) -> str:
     for name, parameter in model.named_parameters():
         if name in left_out or not parameter.is_floating_point():
             continue
-        values = parameter.detach().reshape(-1)
-        stride = max(1, len(values) // _SAMPLE) | 1  # odd, so that columns of even matrices are not skipped
-        sample = values[::stride].float().cpu() + 0.0  # no negative zeros
         digest.update(f"{name}:{tuple(parameter.shape)}:".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(_sampled(parameter))
     return digest.hexdigest()
+
+
+def frozen_digest(model: nn.Module, left_out: Iterable[str]) -> str | None:
+    """Return a digest of samples of the weights of an unadapted model, up to 16,384 values of every parameter that is
+    not named in ``left_out``.
+
+    It does not depend on the dtype, nor on the names and the order of the parameters, which differ between versions of
+    transformers. None for a model that is quantised, in shards, or without values (on the meta device).
+    """
+    excluded = {id(model.get_parameter(name)) for name in left_out}
+    digests = []
+    for parameter in model.parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or not is_whole(parameter):
+            return None
+        if id(parameter) not in excluded:
+            shape = f"{tuple(parameter.shape)}:".encode()
+            digests.append(hashlib.sha256(shape + _sampled(parameter)).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _sampled(parameter: Tensor) -> bytes:
+    values = parameter.detach().reshape(-1)
+    stride = max(1, len(values) // _SAMPLE) | 1  # odd, so that columns of even matrices are not skipped
+    sample = values[::stride].float().cpu() + 0.0  # no negative zeros
+    return sample.numpy().tobytes()
 
 
 def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:

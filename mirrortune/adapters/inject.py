@@ -71,11 +71,14 @@ class Attachment:
         spec: specification that the adapter was built from.
         targets: the adapted weights, and the head.
         layers: adapted layers by name, in module order.
+        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digest` of the base's weights that the adapter leaves as
+            they are; None if it is not known.
     """
 
     spec: AdapterSpec
     targets: Targets
     layers: Mapping[str, AdaptedLayer]
+    frozen: str | None = None
 
 
 def attach(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
 from mirrortune.adapters.files.description import FORMAT_VERSION
-from mirrortune.adapters.files.load import factors_dtype, stored_pairs, stored_targets
+from mirrortune.adapters.files.load import check_frozen, factors_dtype, stored_pairs, stored_targets
 from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack_tensors, to_bits
 from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
@@ -183,10 +183,11 @@ class Admission:
 
     def _targets_of(self, adapter: AdapterFile) -> Targets:
         layouts = {name: asdict(layout) for name, layout in adapter.layouts.items()}
-        key = json.dumps([asdict(adapter.spec), layouts, adapter.head, adapter.plain], sort_keys=True)
+        key = json.dumps([asdict(adapter.spec), layouts, adapter.head, adapter.plain, adapter.frozen], sort_keys=True)
         found = self._targets.get(key)
         if found is None:
             found = stored_targets(self.model, adapter)
+            check_frozen(adapter, self.model, found)
             for name, target in found.layers.items():
                 self._check_layer(name, target)
             for name in (*found.head, *found.plain):
@@ -396,6 +397,7 @@ def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[s
         "plain": sorted({key.removeprefix("param.") for key in adapter.tensors if key.startswith("param.")}
                         - set(adapter.head)),
         "skipped": {},
+        "frozen": adapter.frozen,
     }  # fmt: skip
 
 

@@ -336,6 +336,23 @@ def test_other_weights_are_scored_only_by_force(desk: Path, run: str) -> None:
     assert "holds no adapter" in plain.said
 
 
+def test_a_base_that_differs_in_frozen_weights_alone_is_refused_too(desk: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(desk / "base")
+    model.get_parameter("bert.embeddings.word_embeddings.weight").data += 1
+    shutil.copytree(desk / "base", tmp_path / "updated")
+    model.save_pretrained(tmp_path / "updated")
+    words = [desk / "compact", "--model", tmp_path / "updated"]
+    refused = mirrortune("eval", *words, cache=desk / "cache")
+    assert refused.exit_code == 5
+    assert "differs in weights that the adapter leaves as they are" in refused.said
+    merge = ["merge", desk / "compact", "--base", tmp_path / "updated", "-o", tmp_path / "merged"]
+    assert mirrortune(*merge, cache=desk / "cache").exit_code == 5
+    assert not (tmp_path / "merged").exists()
+    forced = mirrortune("eval", *words, "--force-base", cache=desk / "cache")
+    assert forced.exit_code == 0, forced.stderr
+    assert forced.said.count("by force:") == 1
+
+
 def test_other_weights_are_exported_only_by_force(desk: Path, tmp_path: Path) -> None:
     words = ["merge", desk / "portable", "--format", "lora", "--base", desk / "foreign", "-o", tmp_path / "lora"]
     assert mirrortune(*words, cache=desk / "cache").exit_code == 5

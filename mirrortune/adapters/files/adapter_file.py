@@ -95,6 +95,8 @@ class AdapterFile:
         plain: names of base parameters that were trained as they are.
         statistics: names of the running statistics of normalisation layers among ``head`` and ``plain``.
         extra: what else the writer recorded (max_length, ...).
+        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digest` of the base's weights that the adapter leaves as
+            they are; None if it is not known.
         effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
         peft_config: PEFT's own description of the adapter; None for mirrortune's own.
         responses: of PEFT's layers, empty lists where it was trained in shards; see
@@ -116,6 +118,7 @@ class AdapterFile:
     head: tuple[str, ...]
     plain: tuple[str, ...]
     extra: dict[str, Any]
+    frozen: str | None = None
     statistics: tuple[str, ...] = ()
     effects: dict[str, Tensor] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
@@ -346,6 +349,7 @@ def adapter_contents(
         "plain": list(attached.targets.plain),
         **({"statistics": list(attached.targets.statistics)} if attached.targets.statistics else {}),
         "skipped": attached.targets.skipped,
+        "frozen": attached.frozen,
         **{_HASHES[name]: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **extra,
     }
@@ -440,6 +444,7 @@ def parse_adapter(
             "task": description["task"],
             "head": tuple(description["head"]),
             "plain": tuple(description["plain"]),
+            "frozen": description.get("frozen"),
             "statistics": tuple(description.get("statistics", ())),
             "extra": {k: v for k, v in description.items() if k in ("max_length",)},
         }

@@ -8,6 +8,7 @@ with its sketch, and each layer must have the effect that it had when it was sav
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
-from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
+from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, frozen_digest, try_align
 from mirrortune.adapters.inject import (
     FactorSource,
     SpectralLayer,
@@ -29,6 +30,7 @@ from mirrortune.adapters.inject import (
     spectral_layers,
 )
 from mirrortune.adapters.peft_bridge import tuners
+from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy, loaded_strategy
 from mirrortune.adapters.svd import Factors
@@ -80,6 +82,7 @@ def adapt(
         factor_source = _measured_factors(spec, bases)
     book = FingerprintBook()
     targets = checked_targets(model, spec, targets, new_parameters)
+    frozen = _frozen(model, targets)
     if spec.preset.peft is not None:
         tuners.count_trained(model, spec, targets)  # on a copy: if PEFT raises an error, the model is unchanged
         tuners.attach_tuner(model, spec, targets=targets, on_layer=book.record_weight)
@@ -89,7 +92,15 @@ def adapt(
         )
         with changes(model):
             _start(model)
+    attachment(model).frozen = frozen
     return book
+
+
+def _frozen(model: nn.Module, targets: Targets) -> str | None:
+    """Return the digest of the weights that the adapter leaves as they are, of a model without adapter."""
+    rows = {name: RowRange.parse(name) for name in (*targets.head, *targets.plain)}
+    changed = [name if found is None else found.weight for name, found in rows.items()]
+    return frozen_digest(model, [*changed, *(name for target in targets.layers.values() for name in target.tensors)])
 
 
 def _measured_factors(spec: AdapterSpec, bases: Mapping[str, Factors] | None) -> FactorSource:
@@ -135,6 +146,8 @@ def load_into(
     """
     targets, book = stored_targets(model, adapter), FingerprintBook()
     remarks = book.remarks if force_base else None
+    check_frozen(adapter, trained_on or model, targets, remarks)
+    frozen = _frozen(model, targets)
     if isinstance(adapter, PeftAdapterFile):
         if trained_on is not None:
             raise ConfigError(
@@ -151,7 +164,34 @@ def load_into(
         _attach_cores(model, adapter, targets, source, book, force_base=force_base, trained_on=trained_on)
     with changes(model):
         adapter.restore(model, remarks=remarks)
+    attachment(model).frozen = frozen
     return book
+
+
+def check_frozen(adapter: AdapterFile, model: nn.Module, targets: Targets, remarks: list[str] | None = None) -> None:
+    """Check that the weights that the adapter neither adapts nor holds are those of its training.
+
+    For an adapter saved in Python, a difference is only a warning: transformers initialises weights that a checkpoint
+    lacks at random, and they need not have an effect.
+
+    Raises:
+        VerificationError: they are not, and ``remarks`` is None; it names an adapted layer if one of them differs too.
+    """
+    found = _frozen(model, targets)
+    if None in (found, adapter.frozen) or found == adapter.frozen:
+        return
+    if remarks is None:
+        for name, target in targets.layers.items():
+            check_weight(adapter, name, target.read(model))
+    problem = _other_base(
+        adapter, str(adapter.folder), "the base differs in weights that the adapter leaves as they are"
+    )
+    if remarks is not None:
+        remarks.append(str(problem))
+    elif adapter.task is None:
+        warnings.warn(f"{problem} Expected only where the base initialises unused weights at random", stacklevel=4)
+    else:
+        raise problem
 
 
 def _attach_cores(
@@ -219,6 +259,8 @@ def restore_into(model: nn.Module, adapter: AdapterFile, book: FingerprintBook |
     if odd := [n for n in {**adapter.layouts, **own_layouts} if adapter.layouts.get(n) != own_layouts.get(n)]:
         problem = f"its adapter and the model's differ in the layers that they adapt, such as {odd[0]}"
         raise VerificationError(where, problem, fix=_ATTACH_THE_SAME)
+    if book is not None and None not in (found.frozen, adapter.frozen) and found.frozen != adapter.frozen:
+        raise _other_base(adapter, where, "the model differs in weights that the adapter leaves as they are")
     for name, entry in ({} if book is None else book.entries).items():
         if entry.weight_hash != adapter.fingerprints[name].weight_hash:
             raise _other_weight(adapter, name)
@@ -323,10 +365,14 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
 
 
 def _other_weight(adapter: AdapterFile, name: str) -> VerificationError:
+    return _other_base(adapter, name, "the base weight is not the one that the adapter was trained on")
+
+
+def _other_base(adapter: AdapterFile, where: str, problem: str) -> VerificationError:
     base: dict[str, Any] = {"commit": "unknown", **adapter.base}
     return VerificationError(
-        name,
-        "the base weight is not the one that the adapter was trained on",
+        where,
+        problem,
         allowed="{name} at commit {commit}, in {dtype}".format_map(base) if base.get("name") else None,
         fix="Load that base; an adapter of another base turns the wrong directions",
     )

@@ -66,6 +66,7 @@ def check_description(description: Mapping[str, Any]) -> None:
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
     for key in ("head", "plain", "statistics"):
         _require(_are_names(description.get(key, [])), key)
+    _require(isinstance(description.get("frozen"), str | None), "frozen")
     _require(description["form"] in ("compact", "portable"), "form")
     for name, layer in description["layers"].items():
         _require(bool(name) and isinstance(layer, dict), "layers")

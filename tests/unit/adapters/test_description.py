@@ -38,13 +38,14 @@ def test_the_golden_adapter_loads_and_does_what_it_did(tmp_path: Path) -> None:
     assert layers.keys() == expected.keys()
     for name, layer in layers.items():
         assert relative(layer.delta_weight(), expected[name]) <= 1e-6
-    # Saved again it says the same.
+    # Saved again it says the same, and names the base's other weights (it was written before these were recorded).
     mirrortune.save_adapter(model, tmp_path / "again")
     hashes = {"tensors_sha256", "mirrortune_version"}
     stored, again = (
         {key: value for key, value in json.loads((folder / "adapter.json").read_text()).items() if key not in hashes}
         for folder in (GOLDEN / "adapter", tmp_path / "again")
     )
+    assert len(again.pop("frozen")) == 64
     assert {**again, "description_sha256": ""} == {**stored, "description_sha256": ""}
     before, after = (load_file(f / "adapter.safetensors") for f in (GOLDEN / "adapter", tmp_path / "again"))
     assert before.keys() == after.keys()

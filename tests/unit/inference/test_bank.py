@@ -137,6 +137,10 @@ def test_adapters_of_another_base_are_refused(bert: Cases, llama: Cases, tmp_pat
     save_trained(tiny_bert(seed=5), tmp_path / "other", 0, method="mirror")
     with pytest.raises(VerificationError, match="not the one that the adapter was trained on"):
         bank.add("other", tmp_path / "other")
+    updated = copy.deepcopy(bert.base)
+    updated.get_parameter("bert.encoder.layer.0.output.LayerNorm.weight").data += 1
+    with pytest.warns(UserWarning, match="differs in weights that the adapter leaves as they are"):
+        mirrortune.AdapterBank(updated).add("a", bert.folder / "a")
     headless = mirrortune.AdapterBank(copy.deepcopy(bert.base).get_submodule("bert"))
     with pytest.raises(VerificationError):
         headless.add("a", bert.folder / "a")

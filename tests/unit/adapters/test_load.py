@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""load: an adapter is attached to its own base only, also where nothing but weights that it does not adapt differ."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mirrortune
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.load import adapt, load_into
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.errors import VerificationError
+from mirrortune.tasks.base import task_to_dict
+from tests.tiny_models import tiny_bert
+from tests.tiny_runs import HEAD, classification, logits
+
+METHODS = ["mirror-scale", "lora", "none", "bitfit"]
+NORM, WORDS = "bert.encoder.layer.1.output.LayerNorm.weight", "bert.embeddings.word_embeddings.weight"
+
+
+def written(folder: Path, method: str, *, in_python: bool = False) -> Path:
+    """An adapter of the tiny BERT's queries."""
+    folder.mkdir()
+    model = tiny_bert()
+    targets = "all-linear" if method in ("none", "bitfit") else "query"
+    spec = AdapterSpec(method=method, target_modules=targets)
+    book = adapt(model, spec, factor_source=FactorCache(), new_parameters=HEAD)
+    base = {"name": "tiny", "dtype": "float32", "auto_class": "AutoModelForSequenceClassification"}
+    task = None if in_python else task_to_dict(classification())
+    write_adapter(folder, model, book.entries, base=base, task=task, extra={})
+    return folder
+
+
+@torch.no_grad()
+def other_base(name: str) -> nn.Module:
+    """The tiny BERT with another value in one parameter."""
+    model = tiny_bert()
+    model.get_parameter(name).view(-1)[0] += 1
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [NORM, WORDS])
+def test_a_base_that_differs_in_other_weights_is_refused_and_left_as_it_is(
+    tmp_path: Path, method: str, name: str
+) -> None:
+    adapter, model = read_adapter(written(tmp_path / "adapter", method)), other_base(name)
+    with pytest.raises(VerificationError, match="differs in weights that the adapter leaves as they are"):
+        load_into(model, adapter, FactorCache())
+    forced = load_into(model, adapter, FactorCache(), force_base=True)
+    assert len(forced.remarks) == 1
+    assert "leaves as they are" in forced.remarks[0]
+    base = {"name": "tiny", "dtype": "float32"}
+    write_adapter(tmp_path, model, forced.entries, base=base, task=None, extra={})
+    assert read_adapter(tmp_path).frozen != adapter.frozen, "saved again, it is an adapter of the other base"
+
+
+def test_parameters_that_the_adapter_holds_may_differ_and_so_may_the_dtype_and_the_names(tmp_path: Path) -> None:
+    adapter = read_adapter(written(tmp_path / "adapter", "bitfit"))
+    model = other_base("classifier.weight")
+    model.get_parameter("bert.encoder.layer.0.output.dense.bias").data += 1
+    book = load_into(model.double(), adapter, FactorCache())
+    assert book.remarks == []
+    expected = tiny_bert()
+    load_into(expected, adapter, FactorCache())
+    torch.testing.assert_close(logits(model).float(), logits(expected))
+
+
+def test_python_warns_of_a_base_with_other_weights(tmp_path: Path) -> None:
+    folder = written(tmp_path / "adapter", "mirror-scale", in_python=True)
+    with pytest.warns(UserWarning, match="leaves as they are"):
+        mirrortune.load_adapter(other_base(NORM), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mirrortune.load_adapter(tiny_bert(), folder)
+
+
+def test_a_checkpoint_is_not_restored_into_another_base(tmp_path: Path) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path / "adapter")
+    model = mirrortune.attach(other_base(NORM), target_modules="query")
+    with pytest.raises(VerificationError, match="leaves as they are"):
+        mirrortune.api.restore_adapter(model, tmp_path / "adapter")
