@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from typing_extensions import override
 from mirrortune.adapters.kinds import is_plain
 from mirrortune.adapters.layer_patterns import fits
 from mirrortune.errors import ConfigError, did_you_mean
-from mirrortune.system.devices import autocast
+from mirrortune.system.devices import autocast, wrap_calls
 
 WHERE = "adapter.also_train"
 ADD_TOKENS = "data.add_tokens"
@@ -257,22 +257,12 @@ def call_in_autocast(model: nn.Module) -> None:
     """Call a 16-bit model under autocast from now on, where its caller does not: some of its own layers are in float32,
     and the next one takes 16 bits.
     """
-    model.register_forward_pre_hook(_enter_autocast)
-    model.register_forward_hook(_leave_autocast, always_call=True)
+    wrap_calls(model, _in_autocast)
 
 
-_CONTEXTS = "_mirrortune_contexts"  # attribute of a model that is being called
-
-
-def _enter_autocast(module: nn.Module, _: object) -> None:
-    context = autocast(module)
-    context.__enter__()
-    vars(module).setdefault(_CONTEXTS, []).append(context)
-
-
-def _leave_autocast(module: nn.Module, *_: object) -> None:
-    if contexts := vars(module).get(_CONTEXTS):  # none if another hook has raised before
-        contexts.pop().__exit__(None, None, None)
+def _in_autocast(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with autocast(model):
+        return call(*args, **kwargs)
 
 
 def keep_biases(model: nn.Module, names: Collection[str]) -> None:
@@ -281,24 +271,17 @@ def keep_biases(model: nn.Module, names: Collection[str]) -> None:
     """
     for module in modules_of(model, names).values():
         if getattr(module, "bias", None) is not None and not all(map(is_plain, own(module))):
-            module.register_forward_pre_hook(_set_bias_aside)
-            module.register_forward_hook(_add_bias, always_call=True)
+            wrap_calls(module, _with_bias_aside)
 
 
-_BIAS = "_mirrortune_bias"  # attribute of a quantised layer that is being called
-
-
-def _set_bias_aside(module: nn.Module, _: object) -> None:
-    vars(module)[_BIAS] = module.bias
+def _with_bias_aside(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    bias = module.get_parameter("bias")
     module.register_parameter("bias", None)
-
-
-def _add_bias(module: nn.Module, _: object, output: Tensor | None) -> Tensor | None:
-    bias: nn.Parameter | None = vars(module).pop(_BIAS, None)
-    if bias is None:  # another hook has raised before
-        return output
-    module.register_parameter("bias", bias)
-    return None if output is None else (output + bias).to(output.dtype)
+    try:
+        output: Tensor = call(*args, **kwargs)
+    finally:
+        module.register_parameter("bias", bias)
+    return (output + bias).to(output.dtype)
 
 
 def held_in(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,8 +9,9 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -192,6 +193,40 @@ def autocast(model: nn.Module) -> AbstractContextManager[object]:
 def holds_half(model: nn.Module) -> bool:
     """Return whether any weight of ``model`` is in 16 bits."""
     return any(p.dtype in _HALF for p in model.parameters())
+
+
+def wrap_calls(module: nn.Module, around: Callable[..., Any]) -> None:
+    """Call ``around(module, call, *args, **kwargs)`` from now on where ``module`` is called; ``call`` is the plain one.
+
+    Unlike a forward hook with ``always_call``, which torch omits after Ctrl-C, ``around`` can clean up in all cases.
+
+    Args:
+        module: module, changed in place; copies of it call ``around`` as well.
+        around: function of a module's top level, so that the module can be pickled.
+    """
+    plain = type(module)
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return around(self, MethodType(plain.__call__, self), *args, **kwargs)
+
+    _change_class(module, functools.partial(wrap_calls, around=around), {"__call__": __call__})
+
+
+def _change_class(module: nn.Module, change: Callable[[nn.Module], None], members: dict[str, Any]) -> None:
+    """Give ``module`` a subclass of its class with other ``members``; ``change`` gives an unpickled copy the same."""
+    plain = type(module)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # noqa: N807
+        return _changed, (plain, change), *plain.__reduce_ex__(self, protocol)[2:]
+
+    same = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    module.__class__ = type(plain.__name__, (plain,), {**same, "__reduce_ex__": __reduce_ex__, **members})
+
+
+def _changed(plain: type[nn.Module], change: Callable[[nn.Module], None]) -> nn.Module:
+    module = plain.__new__(plain)
+    change(module)
+    return module
 
 
 @contextlib.contextmanager

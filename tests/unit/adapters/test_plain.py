@@ -242,12 +242,14 @@ def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
         model(input_ids=torch.tensor([[5000]]))
 
     def stop(*_: object) -> None:
-        raise InterruptedError
+        raise KeyboardInterrupt
 
-    model.register_forward_pre_hook(stop, prepend=True)
-    with pytest.raises(InterruptedError):  # and no warning: the suite makes an error of it
-        model(input_ids=torch.tensor([[5]]))
-    assert not torch.is_autocast_enabled("cpu")
+    for place, options in ((model, {"prepend": True}), (model.get_submodule("model.layers.1"), {})):
+        hook = place.register_forward_pre_hook(stop, **options)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=torch.tensor([[5]]))
+        assert not torch.is_autocast_enabled("cpu")
+        hook.remove()
 
 
 POOLER, HEADS = "bert.pooler.activation.1", "classifier.0"

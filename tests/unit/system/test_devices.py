@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -26,7 +30,7 @@ from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system import devices
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import as_computed, autocast, widen
+from mirrortune.system.devices import as_computed, autocast, widen, wrap_calls
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD
 
@@ -110,6 +114,33 @@ def test_widen_changes_only_what_is_named_and_in_16_bits() -> None:
 def test_autocast_is_for_16_bit_weights(dtype: torch.dtype, expected: bool) -> None:
     with autocast(tiny_bert().to(dtype)):
         assert torch.is_autocast_enabled("cpu") is expected
+
+
+def in_bfloat16(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_wrapped_calls_clean_up_whatever_ends_them(error: type[BaseException]) -> None:
+    model = tiny_bert()
+    wrap_calls(model, in_bfloat16)
+
+    def stop(*_: object) -> None:
+        raise error
+
+    hook = model.get_submodule("bert.pooler").register_forward_hook(stop)
+    with pytest.raises(error):
+        model(torch.tensor([[5, 6]]))
+    assert not torch.is_autocast_enabled("cpu")
+    hook.remove()
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+        assert type(copied).__name__ == type(tiny_bert()).__name__
+        assert inspect.signature(copied.forward) == inspect.signature(tiny_bert().forward)
+    replica = model._replicate_for_data_parallel()  # type: ignore[operator]
+    replica.classifier = nn.Linear(32, 7)
+    assert replica(torch.tensor([[5, 6]])).logits.shape == (1, 7)
 
 
 @pytest.mark.slow
