@@ -76,7 +76,7 @@ def attach(
             method's default.
         target_modules: ``all-linear``, ``all-layers`` (includes convolutions), or a regular expression for layer names,
             which may match from any dot on, or a list of such expressions.
-        seed: seed of random pairs.
+        seed: seed of random pairs and positions.
         split: fused layers whose parts get separate bases, by a regular expression for their names: ``{"c_attn": 3}``,
             ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` if each of 12 heads has
             its own q, k and v.

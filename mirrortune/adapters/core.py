@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,6 +113,11 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     def beside_weight(self) -> Tensor | None:
         """Return the weight (O, I) that :meth:`beside` applies, or None."""
         return None
+
+    @classmethod
+    def seeded(cls, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Return the options of a new core, with those that follow from the seed of its run unless they are given."""
+        return dict(options)
 
     def start(self) -> dict[str, Tensor]:
         """Return the parameters, by name, with which training starts; the others start as they are built.
@@ -272,6 +277,11 @@ class CoreStack(Core):
         return found
 
     @override
+    @classmethod
+    def seeded(cls, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Return the options of a new core, with those that follow from the seed of its run unless they are given."""
+        return dict(options)
+
     def start(self) -> dict[str, Tensor]:
         if type(self._one[0].core).start is Core.start:
             return {}

@@ -112,11 +112,16 @@ def as_asked(spec: AdapterSpec) -> AdapterSpec:
     """Return the spec for a user's settings.
 
     ``rank`` sets the option that the method's paper calls the rank, and the strategy for a basis that is not that of
-    the weight defaults to ``branch``. Settings that :func:`check_asked` refuses are unchanged. Specs from files must
-    not be passed.
+    the weight defaults to ``branch``. Options that follow from the seed are filled in. Settings that
+    :func:`check_asked` refuses are unchanged. Specs from files must not be passed.
     """
     if spec.method not in method_names():
         return spec
+    if spec.preset.core is not None:
+        given = spec.resolved_options
+        seeded = CORES.get(spec.preset.core, "adapter.method").seeded(given, spec.seed)
+        drawn = {name: value for name, value in seeded.items() if name not in given}
+        spec = replace(spec, options={**spec.options, **drawn})
     if spec.basis == "gradient" and spec.strategy is None:
         spec = replace(spec, strategy="branch")  # the factors cannot replace the weight, and few directions cost little
     option = spec.preset.rank_option

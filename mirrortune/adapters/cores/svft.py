@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ class Svft(Core):
     """K = diag(S) + M, M zero outside a fixed pattern.
 
     The pattern ``plain`` is the diagonal, R numbers. ``banded`` adds ``bands`` = d off-diagonals on each side, in total
-    R(2d+1) - d(d+1) numbers. ``random`` has as many: the diagonal and positions drawn with ``pattern_seed``. The
-    file of an adapter does not hold them, so they are the same for every run and every layer of one rank.
+    R(2d+1) - d(d+1) numbers. ``random`` has as many: the diagonal and positions drawn with ``pattern_seed``,
+    which is the seed of the run unless given. The file of an adapter holds this seed, and not the positions, which are
+    the same for every layer of one rank.
 
     Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero initially, so the model starts as the base;
     the paper's code draws M at random through a gate, and draws all random positions, those of the diagonal too, with
@@ -55,6 +56,12 @@ class Svft(Core):
         self.register_buffer("rows", rows.to(S.device), persistent=False)
         self.register_buffer("columns", columns.to(S.device), persistent=False)
         self.values = nn.Parameter(S.new_zeros(len(rows)))
+
+    @override
+    @classmethod
+    def seeded(cls, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        drawn = {"pattern_seed": seed % 2**32} if options.get("pattern") == "random" else {}
+        return {**drawn, **options}
 
     def coefficients(self, *, delta: bool) -> Coefficients:
         """Return the diagonal (R,) for ``plain``, otherwise the matrix K or K - diag(S), (R, R)."""

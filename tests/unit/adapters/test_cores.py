@@ -193,3 +193,36 @@ def test_in_python_too(tmp_path: Path) -> None:
     assert next(iter(spectral_layers(again).values())).core.lora_A.shape[0] == 3
     with pytest.raises(ConfigError, match=r"adapter\.rank: got 'full'"):
         mirrortune.attach(tiny_bert(), method="speclora", rank="full")
+
+
+@torch.no_grad()
+def positions_moved(model: nn.Module) -> dict[str, list[int]]:
+    """Train each core a little, and return the columns of its positions."""
+    for layer in spectral_layers(model).values():
+        layer.core.get_parameter("values").copy_(torch.linspace(-0.2, 0.2, len(layer.core.get_parameter("values"))))
+    return {name: layer.core.get_buffer("columns").tolist() for name, layer in spectral_layers(model).items()}
+
+
+def test_random_positions_of_svft_follow_the_seed_and_are_loaded_with_it(tmp_path: Path) -> None:
+    base, ids = tiny_bert(), torch.tensor([[5, 6, 7]])
+    found: list[dict[str, list[int]]] = []
+    # An adapter of an earlier version has pattern_seed = 0, whatever its seed.
+    for own in ({"seed": 0}, {"seed": 1}, {"seed": 2**32 + 1}, {"seed": 5, "pattern_seed": 0}):
+        model = mirrortune.attach(copy.deepcopy(base), method="svft", pattern="random", **own)
+        found.append(positions_moved(model))
+        folder = tmp_path / str(len(found))
+        mirrortune.save_adapter(model, folder)
+        loaded = mirrortune.load_adapter(copy.deepcopy(base), folder)
+        assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    assert found[0] != found[1]
+    assert found[1] == found[2]
+    assert found[0] == found[3]
+
+
+def test_a_run_gives_its_seed_to_random_positions_of_svft_alone() -> None:
+    words = ["train.seed=7", "adapter.method=svft", "model.name=m", "data.path=d.csv", "task.kind=text-classification"]
+    options = [
+        unpack(resolve([override_layer([*words, f"adapter.options.pattern={p}"])]).recipe).adapter.options
+        for p in ("plain", "banded", "random")
+    ]
+    assert options == [{"pattern": "plain"}, {"pattern": "banded"}, {"pattern": "random", "pattern_seed": 7}]
