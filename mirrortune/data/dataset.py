@@ -389,6 +389,8 @@ def _hub_data_errors(path: str) -> Iterator[None]:
         raise
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(where, first_line(error.__cause__ or error, 2000)) from error
+    except StopIteration as error:  # datasets takes the features of JSON from its first row
+        raise DataError(where, "one of its splits has no rows", fix="Set data.config or data.revision") from error
     except (zipfile.BadZipFile, ImportError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(where, f"its files cannot be read ({first_line(error)})") from error
 

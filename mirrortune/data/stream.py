@@ -25,6 +25,8 @@ HEAD_ROWS = 1000
 """Rows of a streamed training split from which columns, classes and lengths are derived."""
 MAX_EVAL_ROWS = 10_000
 """Rows of any other split that are read, unless ``data.max_eval_rows`` is set."""
+_PARQUET_ROWS = 65_536
+"""Rows of a parquet file that are read at a time; ``datasets`` would take the size of the first row group, even 0."""
 _BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".txt": "text",
@@ -134,6 +136,8 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
 
         datasets.disable_progress_bars()
         options: dict[str, Any] = {} if builder in ("parquet", "arrow") else {"encoding": encoding}
+        if builder == "parquet":
+            options |= {"batch_size": _PARQUET_ROWS}
         if builder == "csv":  # all cells are strings and empty ones null, as in tables that are read whole
             options |= {**_delimited(files, encoding), "keep_default_na": False, "na_values": [""]}
         paths = [glob.escape(str(file.absolute())) for file in files]  # load_dataset takes patterns
@@ -201,6 +205,8 @@ def _file_errors(source: str, fix: str) -> Iterator[None]:
             yield
     except MirrortuneError:
         raise
+    except StopIteration as error:  # datasets takes the features of JSON from its first row
+        raise DataError(source, "it has no rows") from error
     except Warning as error:
         raise DataError(source, "a row has more cells than the header", fix=fix) from error
     except (pa.ArrowException, ValueError, LookupError, TypeError, OSError, EOFError, RuntimeError) as error:

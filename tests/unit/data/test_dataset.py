@@ -229,6 +229,7 @@ def streamed(place: str) -> DataSet:
         (ImportError('HTTPFileSystem requires "requests"'), "cannot be read"),
         (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
         (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "it is a loading script"),
+        (StopIteration(), "one of its splits has no rows"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -130,6 +130,27 @@ def test_what_cannot_be_streamed_is_refused_by_name(tmp_path: Path) -> None:
         opened(folder)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".parquet", ".arrow", ".csv", ".txt"])
+def test_files_without_rows_are_passed_over_unless_no_other_is_there(tmp_path: Path, ending: str) -> None:
+    kind = ".jsonl" if "json" in ending else ending
+    folder, texts = write(tmp_path / "data", kind, ROWS), sorted(row["text"] for row in ROWS)
+    empty, table = tmp_path / f"train-0{ending}", pa.Table.from_pylist(ROWS[:2]).slice(2)
+    empty.write_bytes({".csv": b"text;label\n", ".jsonl.gz": gzip.compress(b"")}.get(ending, b""))
+    if ending == ".parquet":
+        pq.write_table(table, empty)
+    elif ending == ".arrow":
+        with pa.OSFile(str(empty), "wb") as sink, pa.ipc.new_stream(sink, table.schema):
+            pass
+    (folder / f"train-0{kind}").rename(folder / f"train-1{kind}")
+    for name in ("train-0", "train-2"):  # the first file determines the columns
+        copy = folder / f"{name}{ending}"
+        copy.write_bytes(empty.read_bytes())
+        assert sorted(epoch(opened(folder))) == texts
+        copy.unlink()
+    with pytest.raises(DataError, match=f"train-0{ending}: it has no rows"):
+        opened(empty)
+
+
 def test_a_broken_row_is_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n' * 3 + '{"text": \n')
