@@ -20,6 +20,7 @@ from mirrortune.adapters.inject import FactorSource, attach, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Padding, TokenExamples
+from mirrortune.data.loader import StreamedExamples
 from mirrortune.data.tokenize import Reading
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.kinds.text_classification import Task
@@ -214,7 +215,7 @@ def make_trainer(
     folder: Path,
     *,
     adapted: Adapted | None = None,
-    train: TokenExamples | None = None,
+    train: TokenExamples | StreamedExamples | None = None,
     validation: TokenExamples | None = None,
     progress: Watcher | None = None,
     fresh: bool = True,

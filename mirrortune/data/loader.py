@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.row_stream import Place, RowStream
-from mirrortune.errors import DataError, NoRowsError
+from mirrortune.errors import DataError, MirrortuneError, NoRowsError
 from mirrortune.system.devices import autocast
 
 # Number of global batches sorted together by length: large enough for little padding, small enough for a random order.
@@ -315,19 +315,30 @@ def made_ahead(jobs: Iterator[Job], make: Callable[[Job], Made], num_workers: in
 
     Args:
         jobs: jobs, read in the caller's thread.
-        make: called in the threads, so it must depend only on its job. Its exceptions are raised here, in order.
+        make: called in the threads, so it must depend only on its job. Its exceptions, and those of ``jobs``, are
+            raised here, in order.
         num_workers: number of threads; 0 to call ``make`` in the caller's thread on demand.
     """
     if num_workers == 0:
         yield from map(make, jobs)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mirrortune-batches")
+
+    def submitted() -> Iterator[Future[Made]]:
+        try:
+            for job in jobs:
+                yield pool.submit(make, job)
+        except MirrortuneError as error:  # not before what was made of the jobs before it is used
+            failed: Future[Made] = Future()
+            failed.set_exception(error)
+            yield failed
+
     try:
-        first = itertools.islice(jobs, num_workers + _SPARE)
-        waiting: deque[Future[Made]] = deque(pool.submit(make, job) for job in first)
+        futures = submitted()
+        waiting = deque(itertools.islice(futures, num_workers + _SPARE))
         while waiting:
             made = waiting.popleft().result()
-            waiting.extend(pool.submit(make, job) for job in itertools.islice(jobs, 1))
+            waiting.extend(itertools.islice(futures, 1))
             yield made
     finally:
         pool.shutdown(cancel_futures=True)

@@ -62,7 +62,7 @@ class Snapshots:
 
         Args:
             state: state of the loop.
-            is_interim: the checkpoint is saved only because a signal asks to stop.
+            is_interim: the checkpoint is saved only because the run stops here.
 
         Raises:
             ResourceError: the checkpoint cannot be written.

@@ -19,7 +19,7 @@ from mirrortune.adapters.inject import attachment, trained_buffers
 from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import Feed, StreamedExamples
-from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.errors import DataError, DivergedError, HubError, InterruptedRun, MirrortuneError
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
@@ -192,7 +192,14 @@ class Trainer:
                 self.clock.start()
                 # Skipped steps do not advance the schedule.
                 factor = self._lr_factor(state.global_step - state.skipped_steps)
-                done = self.stepper.step(state.global_step + 1, micro_batches, factor)
+                place = self.feed.place
+                try:
+                    done = self.stepper.step(state.global_step + 1, micro_batches, factor)
+                except (DataError, HubError) as error:
+                    if place is not None:  # otherwise that of the unfinished step
+                        self.feed.place = place
+                    self._save_before_failure(error)
+                    raise
                 self.frozen.restore()
                 self.clock.stop()
                 state.global_step += 1
@@ -252,6 +259,10 @@ class Trainer:
             except EvaluationStoppedError:
                 state.owes_evaluation = True
                 self._stop()
+            except (DataError, HubError) as error:
+                state.owes_evaluation = True
+                self._save_before_failure(error)
+                raise
         if is_last or is_best or self._is_out_of_patience() or self._is_due(settings.save_every_steps):
             self._save()
         if not self._is_done() and self._vote.poll():
@@ -279,6 +290,19 @@ class Trainer:
             step=step,
         )
         raise sync.told_once(self.accelerator, error)
+
+    def _save_before_failure(self, error: MirrortuneError) -> None:
+        """Save the last complete step when the rows after it cannot be read, and name the checkpoint in the message.
+
+        With several processes nothing is saved, as the others wait for this one in the middle of a step.
+        """
+        step = self.state.global_step
+        if self.accelerator.num_processes > 1 or not step:
+            return
+        if self.snapshots.last_step != step:
+            self._save(is_interim=True)
+        advice = ": continue with the same command and --resume" if isinstance(error, HubError) else ""
+        error.args = (f"{error} Step {step} is saved in {self.run.checkpoint(step)}{advice}.",)
 
     def _evaluate(self) -> bool:
         """Score the validation split, and return whether the result is the best so far.

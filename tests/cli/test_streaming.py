@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,4 @@ def test_what_a_stream_lacks_is_said(tmp_path: Path, tiny_model_dir: Path) -> No
     outcome = mirrortune(*words, "--batch-size", 64)
     assert outcome.exit_code == 3
     assert "'mixed'" in outcome.said
+    assert re.search(r"Step \d+ is saved in .*run/checkpoints/step-0000\d\d\.", outcome.said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrortune.data.loader import Feed, epoch_batches, made_ahead, micro_batches
+from mirrortune.errors import DataError
 from tests.tiny_runs import as_examples, sentences
 
 WORKERS = pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -54,6 +56,18 @@ def test_what_fails_fails_in_its_turn(num_workers: int) -> None:
     batches = made_ahead(iter(range(9)), make, num_workers)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(ValueError, match="row 2"):
+        next(batches)
+
+
+@WORKERS
+def test_jobs_that_end_in_an_error_are_made_first(num_workers: int) -> None:
+    def jobs() -> Iterator[int]:
+        yield from range(2)
+        raise DataError("rows", "row 2")
+
+    batches = made_ahead(jobs(), lambda job: job, num_workers)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="row 2"):
         next(batches)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,12 +25,16 @@ from torch import nn
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
+from mirrortune.data.examples import TokenExamples
+from mirrortune.data.loader import StreamedExamples
+from mirrortune.data.row_stream import Place
+from mirrortune.errors import ConfigError, DataError, DivergedError, HubError, InterruptedRun, VerificationError
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.trainer import Trainer
+from tests.laws.test_training_laws import differences
 from tests.tiny_models import normed_bert, tiny_bert
 from tests.tiny_runs import (
     SETTINGS,
@@ -325,6 +332,61 @@ def test_a_signal_in_the_last_evaluation_is_honoured_too(tmp_path: Path) -> None
     assert watcher.losses == []
     assert watcher.evaluated == 20
     assert (tmp_path / "adapter").is_dir()
+
+
+class Blocks:
+    """A stream of blocks, each one number."""
+
+    source = "numbers"
+
+    def blocks(self, *, start: Place, **_: int) -> Iterator[tuple[Place, pa.Table]]:
+        for number in itertools.count(start.row):
+            yield Place(row=number), pa.table({"number": [number]})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_of_a_stream_that_cannot_be_read_lose_no_step(tmp_path: Path, num_workers: int) -> None:
+    """Each block is three steps of two micro-batches; the third block fails once."""
+    fails = [False, False, True]
+
+    def encode(table: pa.Table, seed: int) -> TokenExamples:
+        number = table["number"][0].as_py()
+        if number == 2 and fails.pop():
+            raise HubError("numbers", "the connection was lost", fix="Try again")
+        return sentences(24, number)
+
+    def trainer(name: str, *, fresh: bool = True) -> Trainer:
+        rows = StreamedExamples(stream=cast("Any", Blocks()), encode=encode, block_rows=24)
+        settings = {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 8, "num_workers": num_workers}
+        adapted = adapt(model=tiny_bert(dropout=0.3), trained=None)
+        return make_trainer(tmp_path / name, adapted=adapted, train=rows, fresh=fresh, keep=9, **settings)
+
+    torch.manual_seed(0)
+    with pytest.raises(HubError) as caught:
+        trainer("run").fit()
+    place = tmp_path / "run/checkpoints/step-000006"
+    advice = f"Try again. Step 6 is saved in {place}: continue with the same command and --resume."
+    assert str(caught.value).endswith(advice)
+    again = trainer("run", fresh=False)
+    again.resume()
+    again.fit()
+    torch.manual_seed(0)
+    trainer("whole").fit()
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_validation_rows_that_cannot_be_read_lose_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("cat.png", "it cannot be read")
+
+    monkeypatch.setattr("mirrortune.training.trainer.evaluate_split", fail)
+    with pytest.raises(DataError, match=r"cannot be read\. Step 4 is saved in"):
+        make_trainer(tmp_path).fit()
+    monkeypatch.undo()
+    again = make_trainer(tmp_path, fresh=False)
+    again.resume()
+    again.fit()
+    assert [event["step"] for event in events(tmp_path, "evaluate")] == [4, 8]
 
 
 def test_the_time_of_all_parts_of_a_resumed_run_counts(tmp_path: Path) -> None:
