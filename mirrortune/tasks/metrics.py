@@ -360,6 +360,20 @@ METRICS: dict[str, Metric] = {
     "ndcg_at_10": Metric(compute=partial(_ndcg, k=10), targets=("rank",)),
 }
 
+_SCORED = {
+    "class": "a class",
+    "choice": "a choice",
+    "number": "a number",
+    "labels": "several labels",
+    "tags": "tags",
+    "answers": "answers",
+    "text": "a text",
+    "token": "tokens",
+    "written": "generated answers",
+    "rank": "ranks",
+}
+"""How messages call the types of target."""
+
 
 def check_metrics(
     names: Sequence[str], target: str, num_classes: int | None = None, selection: str | None = None
@@ -381,7 +395,9 @@ def check_metrics(
             raise unknown_name("task.metrics", "metric", name, METRICS)
         metric = METRICS[name]
         if target not in metric.targets:
-            raise ConfigError("task.metrics", f"'{name}' does not score a {target}", allowed=", ".join(fitting))
+            fix = "Set task.answer" if target == "token" and "written" in metric.targets else None
+            problem = f"'{name}' does not score {_SCORED[target]}"
+            raise ConfigError("task.metrics", problem, allowed=", ".join(fitting), fix=fix)
         if metric.requires and importlib.util.find_spec(metric.requires[0]) is None:
             module, extra = metric.requires
             raise ConfigError("task.metrics", f"'{name}' needs {module}", fix=f"pip install 'mirrortune[{extra}]'")

@@ -135,7 +135,7 @@ def test_rows_without_an_answer_are_refused_by_count(desk: Path, chatty: Path) -
     [
         (talks(8), ["task.loss_on=answers"], 2, "task.loss_on: unknown value 'answers'. Allowed: all, completions"),
         (talks(8), ["task.format=text"], 2, "conversations cannot be written as plain text"),
-        (talks(8), ["task.metrics=[accuracy]"], 2, "'accuracy' does not score a token"),
+        (talks(8), ["task.metrics=[accuracy]"], 2, "'accuracy' does not score tokens"),
         (talks(8), ["--method", "none"], 2, "'none' trains nothing on this kind of task, which has no head"),
         ([{"text": "abc"}] * 8, ["task.loss_on=completions"], 2, "plain text in column 'text' has no completions"),
         ([{"n": 1}] * 8, [], 3, "no column looks like text to learn. Allowed: messages; prompt and completion"),

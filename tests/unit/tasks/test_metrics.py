@@ -81,6 +81,7 @@ def test_a_perfect_and_a_constant_answer() -> None:
         (["accuracy"], "number", None, None, "'accuracy' does not score a number. Allowed: pearson, spearmanr, mse"),
         (["roc_auc"], "choice", None, None, "'roc_auc' does not score a choice. Allowed: accuracy, f1_macro"),
         (["f1"], "choice", None, None, "'f1' does not score a choice"),
+        (["rougeL"], "written", None, None, "'rougeL' does not score generated answers. Allowed: exact_match"),
         (["f1"], "class", 3, None, "'f1' needs two classes, got 3. Allowed: f1_macro"),
         (["accuracy"], "class", 2, "f1", "task.selection_metric: 'f1' is not computed. Allowed: accuracy"),
     ],

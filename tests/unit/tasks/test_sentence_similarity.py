@@ -86,7 +86,7 @@ def test_rows_that_are_no_pairs_are_refused(columns: dict[str, Any], settings: d
 
 
 def test_metrics_are_those_of_the_rows() -> None:
-    with pytest.raises(ConfigError, match=r"'spearmanr' does not score a rank\. Allowed: recall_at_1"):
+    with pytest.raises(ConfigError, match=r"'spearmanr' does not score ranks\. Allowed: recall_at_1"):
         KIND.from_rows(pa.table(PAIRS), "rows", Scores(metrics=("spearmanr",)))
 
 

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'topics' \(row 2\)"):
         encode(tokenizer, task, missing)
     assert encode(tokenizer, task, missing, allow_missing=True).num_unlabelled == 1
-    with pytest.raises(ConfigError, match="'accuracy' does not score a labels"):
+    with pytest.raises(ConfigError, match="'accuracy' does not score several labels"):
         KIND.from_rows(LISTS, "rows.jsonl", Scores(metrics=("accuracy",)), label_column="topics")
     odd = pa.table({"text": ["x"], "rude": ["2"], "loud": ["0"]})
     with pytest.raises(DataError, match=r"row 1: column 'rude' of a class holds '2'\. Allowed: 0 and 1"):
