@@ -47,6 +47,12 @@ def tiny_distilbert(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn
     return _build("DistilBert", seed, {**sizes, **rates, **fields})
 
 
+def tiny_deberta(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn.Module:
+    """A DeBERTa sequence classifier of the first version, whose attention adds biases of query and value itself."""
+    sizes = {**_BERT_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_dropout": dropout}
+    return _build("Deberta", seed, {**sizes, **_dropout(dropout), **fields})
+
+
 FAMILIES = {"bert": tiny_bert, "roberta": tiny_roberta, "albert": tiny_albert, "distilbert": tiny_distilbert}
 
 

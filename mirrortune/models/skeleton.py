@@ -6,12 +6,14 @@ A forward pass then needs only the memory of the largest module.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from mirrortune.models.load import ModelSource, task_config, with_room
+from mirrortune.system.devices import change_class
 
 Read = Callable[[str], Tensor]
 """Function that returns the value of the parameter or buffer with the given name."""
@@ -45,13 +47,15 @@ def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any],
 def read_lazily(model: nn.Module, read: Read) -> nn.Module:
     """Make an :func:`outline` read its weights lazily.
 
-    Each time before a module runs, ``read`` is called for each of its parameters and persistent buffers.
+    Each time before a module runs, ``read`` is called for each of its parameters and persistent buffers. A parameter
+    that another module reads, such as DeBERTa's table of relative positions, is read each time.
     """
     saved = set(model.state_dict())
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         buffers = [name for name, _ in module.named_buffers(recurse=False) if _full(prefix, name) in saved]
         if own or buffers:
+            _read_empty(module, prefix, list(own), read)
             module.register_forward_pre_hook(_reader(prefix, list(own), buffers, read))
             module.register_forward_hook(_emptier(own), always_call=True)
     return model
@@ -61,10 +65,26 @@ def _full(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _read_empty(module: nn.Module, prefix: str, names: list[str], read: Read) -> None:
+    """Read parameters of a module where they are used while the module does not run."""
+
+    def value_of(name: str) -> property:
+        def get(module: nn.Module) -> Tensor | None:
+            held = module._parameters[name]  # noqa: SLF001
+            return read(_full(prefix, name)) if held is not None and held.is_meta else held
+
+        return property(get)
+
+    change = functools.partial(_read_empty, prefix=prefix, names=names, read=read)
+    change_class(module, change, {name: value_of(name) for name in names})
+
+
 def _reader(prefix: str, names: list[str], buffers: list[str], read: Read) -> Callable[[nn.Module, Any], None]:
     def fill(module: nn.Module, _: Any) -> None:
         for name in names:
-            setattr(module, name, nn.Parameter(read(_full(prefix, name)), requires_grad=False))
+            value = nn.Parameter(read(_full(prefix, name)), requires_grad=False)
+            module._parameters[name] = value  # noqa: SLF001  (or setattr would read the value)
+            setattr(module, name, value)
         for name in buffers:
             setattr(module, name, read(_full(prefix, name)))
 

@@ -209,11 +209,17 @@ def wrap_calls(module: nn.Module, around: Callable[..., Any]) -> None:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         return around(self, MethodType(plain.__call__, self), *args, **kwargs)
 
-    _change_class(module, functools.partial(wrap_calls, around=around), {"__call__": __call__})
+    change_class(module, functools.partial(wrap_calls, around=around), {"__call__": __call__})
 
 
-def _change_class(module: nn.Module, change: Callable[[nn.Module], None], members: dict[str, Any]) -> None:
-    """Give ``module`` a subclass of its class with other ``members``; ``change`` gives an unpickled copy the same."""
+def change_class(module: nn.Module, change: Callable[[nn.Module], None], members: dict[str, Any]) -> None:
+    """Give ``module`` a subclass of its class that has other members, and the same name.
+
+    Args:
+        module: module, changed in place.
+        change: makes the same change, for copies of the module.
+        members: members of the subclass by name.
+    """
     plain = type(module)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # noqa: N807

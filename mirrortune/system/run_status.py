@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError, device_error
 from mirrortune.system.run_directory import RunDirectory, read_text
 
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
@@ -44,8 +44,9 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
             elif isinstance(error, KeyboardInterrupt):
                 write("interrupted", code=130)
             else:
-                code = error.exit_code if isinstance(error, MirrortuneError) else 1
-                write("failed", message=str(error) or type(error).__name__, code=code)
+                known = device_error(error) or error
+                code = known.exit_code if isinstance(known, MirrortuneError) else 1
+                write("failed", message=str(known) or type(known).__name__, code=code)
         raise
     write("finished", code=0)
 
