@@ -186,6 +186,35 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def device_error(error: BaseException) -> ResourceError | None:
+    """Return the error for an exception of torch by which a device ran out of memory, or a model does not compute in
+    16 bits; None for any other exception.
+    """
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    is_torch = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (is_torch and any(words in text for words in _OUT_OF_MEMORY)):
+        return ResourceError(
+            "memory", f"the device has too little ({text})",
+            fix="Use a smaller --batch-size (in training with more --gradient-accumulation-steps) or --max-length, "
+            "train.gradient_checkpointing=true, or model.dtype=bfloat16",
+        )  # fmt: skip
+    if is_torch and any(words in text for words in _NOT_IN_16_BITS):
+        return ResourceError(
+            "train.precision", f"the model does not compute in 16 bits ({text})",
+            fix="Use --precision fp32, with model.dtype=float32 if the base is stored in 16 bits",
+        )  # fmt: skip
+    return None
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, MPS and XPU; of CPUs
+_NOT_IN_16_BITS = (
+    "BFloat16 without overflow",
+    "Half without overflow",
+    "implemented for 'BFloat16'",
+    "implemented for 'Half'",
+)
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest candidate, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)

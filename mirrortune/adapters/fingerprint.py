@@ -36,7 +36,7 @@ _PROBE_ATTEMPTS = 64
 # rounding error (1e-15) divided by the gap, so vectors outside clusters agree to 1e-8.
 _CLUSTER_GAP = 1e-7
 _NULL = 1e-10  # below this fraction of the largest value, left and right vectors are independent of each other
-_SAMPLE = 2**14  # values of a parameter
+_SAMPLE = 2**14  # values of a parameter, or up to twice as many
 _LARGEST_CLUSTER = 64  # m vectors; the sketch has 2 m^2 entries per side, and a larger cluster is not repaired
 
 Clusters = tuple[tuple[int, int], ...]
@@ -118,7 +118,7 @@ def value_digest(weight: Tensor) -> str:
 
 
 def sampled_digest(model: nn.Module, left_out: Container[str]) -> str:
-    """Return a digest of samples of a model's weights, up to 16,384 values of every parameter not in ``left_out``.
+    """Return a digest of samples of a model's weights, up to 32,767 values of every parameter not in ``left_out``.
 
     Values are compared in float32, so that the digest does not depend on the dtype. Quantised weights are left out.
     """
@@ -132,7 +132,7 @@ def sampled_digest(model: nn.Module, left_out: Container[str]) -> str:
 
 
 def frozen_digest(model: nn.Module, left_out: Iterable[str]) -> str | None:
-    """Return a digest of samples of the weights of an unadapted model, up to 16,384 values of every parameter that is
+    """Return a digest of samples of the weights of an unadapted model, up to 32,767 values of every parameter that is
     not named in ``left_out``.
 
     It does not depend on the dtype, nor on the names and the order of the parameters, which differ between versions of

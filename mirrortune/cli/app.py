@@ -39,7 +39,7 @@ from mirrortune.cli.flags import (
 from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
-from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, device_error
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.paths import local_path, shown_path, table_suffix
 
@@ -121,6 +121,12 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             Reporter().error("interrupted")
             raise typer.Exit(130) from None
+        except (MemoryError, RuntimeError) as error:
+            known = device_error(error)
+            if known is None or kwargs.get("debug"):
+                raise
+            Reporter().error(str(known))
+            raise typer.Exit(known.exit_code) from None
 
     return guarded
 

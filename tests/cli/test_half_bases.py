@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.console import mirrortune
-from tests.tiny_models import tiny_causal, write_tiny_causal, write_tiny_model
+from tests.tiny_models import tiny_causal, tiny_deberta, tiny_tokenizer, write_tiny_causal, write_tiny_model
 
 FLAGS = ("--max-steps", 4, "--batch-size", 4, "--lr", "5e-5", "--json")
 REVIEWS = "text,label\n" + "".join(f"the film was very {w},{w}\n" for w in ("good", "bad") * 8)
@@ -72,3 +73,15 @@ def test_the_memory_of_full_is_that_of_float32(desk: Path, dtype: str) -> None:
     total = mirrortune("prepare", *words).data["trainable_parameters"]
     assert memory["weights"] == pytest.approx(4 * total, rel=0.05)
     assert memory["gradients"] == 4 * total
+
+
+def test_a_model_that_does_not_compute_in_16_bits_is_named(desk: Path) -> None:
+    (desk / "reviews.csv").write_text(REVIEWS)
+    tiny_deberta().save_pretrained(desk / "deberta")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(desk / "deberta")
+    words = ("train", "-m", "deberta", "-t", "text-classification", "-d", "reviews.csv", "-o", "run", *FLAGS)
+    failed = mirrortune(*words, "--precision", "bf16")
+    assert failed.exit_code == 4
+    assert "error: train.precision: the model does not compute in 16 bits" in failed.said
+    assert json.loads((desk / "run" / "status.json").read_text())["exit_code"] == 4
+    assert mirrortune(*words, "--overwrite", "--precision", "fp32").exit_code == 0

@@ -6,8 +6,9 @@ from __future__ import annotations
 from unittest.mock import Mock
 
 import pytest
+import torch
 
-from mirrortune.errors import ConfigError, DataError, all_of
+from mirrortune.errors import ConfigError, DataError, all_of, device_error
 
 
 def test_several_problems_are_a_line_each() -> None:
@@ -40,3 +41,33 @@ def test_a_name_with_line_breaks_or_without_an_end_stays_one_short_line() -> Non
     with pytest.raises(DataError) as caught:
         all_of(Mock(side_effect=breaks), Mock(side_effect=DataError("b", "4")))
     assert str(caught.value) == "a: 1\r2\u20283. Mend it.\nb: 4."
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.98 GiB)"), "memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+            "memory",
+        ),
+        (MemoryError(), "memory"),
+        (RuntimeError("value cannot be converted to type at::Half without overflow"), "train.precision"),
+        (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"), "train.precision"),
+    ],
+)
+def test_what_a_device_cannot_do_is_an_error_for_the_user(error: BaseException, where: str) -> None:
+    found = device_error(error)
+    assert found is not None
+    assert (found.where, found.exit_code) == (where, 4)
+    assert "\n" not in str(found)
+
+
+def test_other_exceptions_are_bugs() -> None:
+    for error in (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError(),
+        ValueError("out of memory"),
+    ):
+        assert device_error(error) is None
