@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from mirrortune.adapters.cores import Core
@@ -241,6 +242,13 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for spectral in found:
             spectral.keep(kept=False)
+
+
+def bytes_kept(model: nn.Module) -> int:
+    """Return the bytes of the weights that :func:`weights_kept` holds."""
+    chains = [module for module in model.modules() if isinstance(module, parametrize.ParametrizationList)]
+    kept = {id(part): chain.original for chain in chains for part in chain if isinstance(part, SpectralWeight)}
+    return sum(weight.numel() * weight.element_size() for weight in kept.values())
 
 
 def unwrapped(model: object) -> nn.Module:

@@ -77,6 +77,7 @@ class Stage:
         spec: adapter of the run; a candidate step may have another.
         targets: layers that ``spec`` adapts.
         device: device type.
+        keeps_weights: see :class:`~mirrortune.runs.size.Load`.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Stage:
     spec: AdapterSpec
     targets: Targets
     device: str
+    keeps_weights: bool = False
 
     @property
     def smallest_rank(self) -> int:
@@ -116,8 +118,9 @@ class Stage:
         if not found.is_counted:  # it is only known that an evaluation takes less than a training step of the same size
             return found, min(rows, step.rows), step.rows * longest
         room = max(found.step, _SMALL_EVALUATION)
-        if found.evaluation > room and fitting > 1:
-            fitting = max(1, fitting * room // found.evaluation)
+        of_batch = found.evaluation - found.kept
+        if of_batch > room and fitting > 1:
+            fitting = max(1, fitting * room // of_batch)
             positions = fitting * own
             found = self._count(step, fitting)
         return found, rows, positions
@@ -141,12 +144,13 @@ class Stage:
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
         known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
         known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))
+        known += ["kept"] if self.keeps_weights else []
         tokens = typical_tokens(self.train, step.rows, step.length)
         known += [tokens, _VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         load = Load(
             batch=batch, scored=scored, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
-            device=self.device, tokens=tokens,
+            device=self.device, tokens=tokens, keeps_weights=self.keeps_weights,
         )  # fmt: skip
         targets = self.targets if step.spec == self.spec else None
         return _remembered(key, lambda: footprint(self.model, step.spec, load, targets))

@@ -52,6 +52,7 @@ from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns, labels_of
 from mirrortune.tasks.classes import with_outputs
 from mirrortune.tasks.objective import Objective, make_objective
+from mirrortune.training.evaluate import generates
 from mirrortune.training.optim import check_matrices, moments_per_number
 
 
@@ -174,7 +175,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     samples = choose_samples(
         rows.task, rows.validation, base.processor, Reading(max_length=base.max_length), settings.eval.samples
     )  # fmt: skip
-    footprint, eval_batch_size, eval_max_positions = _fit(settings, rows.task, encoded, base, reporter)
+    footprint, eval_batch_size, eval_max_positions = _fit(settings, rows.task, encoded, samples, base, reporter)
     return Job(
         settings=settings, spec=base.spec, source=source, dtype=base.dtype, processor=base.processor, task=rows.task,
         max_length=base.max_length, train=encoded.train, stream=encoded.stream, validation=encoded.validation,
@@ -365,7 +366,7 @@ def _mixture(
 
 
 def _fit(
-    settings: RunSettings, task: Task, encoded: _Encoded, base: _Base, reporter: Reporter
+    settings: RunSettings, task: Task, encoded: _Encoded, samples: Samples | None, base: _Base, reporter: Reporter
 ) -> tuple[Footprint, int, int | None]:
     """Estimate the memory of the run, and choose the maximum rows and positions of a batch in an evaluation.
 
@@ -384,6 +385,8 @@ def _fit(
         scored=(encoded.validation, *encoded.reported.values()), has_length=base.max_length is not None,
         spec=base.spec, targets=plan.targets,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        keeps_weights=samples is not None
+        or any(generates(task, examples) for examples in (encoded.validation, *encoded.reported.values())),
     )  # fmt: skip
     step = Step(
         spec=base.spec, dtype=base.dtype, rows=min(loop.batch_size, len(stage.train)),

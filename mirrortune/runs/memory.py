@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mirrortune.adapters.inject import bytes_kept
 from mirrortune.data.examples import Batch
 from mirrortune.data.loader import forward
 
@@ -38,6 +39,7 @@ class Footprint:
         optimizer: optimizer state, two moments per trained parameter.
         activations: activations saved for the backward pass, and the largest temporary tensors.
         evaluation: one batch of an evaluation, without weights, factors and optimizer state.
+        kept: part of ``evaluation``, whatever its batch: adapted weights that are held while text is generated.
         is_counted: allocations were counted; otherwise activations are estimated from the widths of layers.
     """
 
@@ -47,6 +49,7 @@ class Footprint:
     optimizer: int
     activations: int
     evaluation: int = 0
+    kept: int = 0
     is_counted: bool = True
 
     @property
@@ -122,6 +125,7 @@ def rehearse(
     is_base: Callable[[str], bool],
     device: str,
     is_16bit_compute: bool,
+    keeps_weights: bool = False,
 ) -> Footprint:
     """Measure the memory of one training step and of one batch of an evaluation.
 
@@ -133,6 +137,7 @@ def rehearse(
         is_base: returns whether the tensor of ``model`` with a given name belongs to the base model.
         device: type of the device to train on.
         is_16bit_compute: compute under bfloat16 autocast.
+        keeps_weights: an evaluation generates text, and holds the adapted weights of dense layers.
 
     Raises:
         Exception: any error of a model that needs the values of tensors.
@@ -163,6 +168,7 @@ def rehearse(
         loss(*forward(empty, scored_inputs, torch.device(device)))
     gradients = sum(_bytes(p) for p in trained)
     weights = sum(_bytes(t) for name, t in held.items() if is_base(name))
+    kept = bytes_kept(empty) if keeps_weights else 0
     everything = sum({id(t): _bytes(t) for t in held.values()}.values())
     return Footprint(
         weights=weights,
@@ -170,7 +176,8 @@ def rehearse(
         gradients=gradients,
         optimizer=2 * gradients,
         activations=max(0, step - gradients),
-        evaluation=ledger.peak,
+        evaluation=ledger.peak + kept,
+        kept=kept,
     )
 
 

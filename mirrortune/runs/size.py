@@ -146,6 +146,7 @@ class Load:
         is_16bit_compute: activations are in 16 bits.
         device: device type.
         tokens: tokens in a typical micro-batch, by which strategies are chosen; None if unknown.
+        keeps_weights: an evaluation generates text, and holds the adapted weights of dense layers.
     """
 
     batch: Batch
@@ -155,6 +156,7 @@ class Load:
     is_16bit_compute: bool
     device: str
     tokens: int | None = None
+    keeps_weights: bool = False
 
 
 def default_eval_batch(
@@ -243,7 +245,7 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
         attach_empty(adapted, spec, targets, dtype=load.dtype, tokens=load.tokens)
         return rehearse(
             adapted, load.batch, load.scored, load.loss, is_base=_base_names(base), device=load.device,
-            is_16bit_compute=load.is_16bit_compute,
+            is_16bit_compute=load.is_16bit_compute, keeps_weights=load.keeps_weights,
         )  # fmt: skip
     except MirrortuneError:
         raise
@@ -328,19 +330,24 @@ def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
     """
     plan = make_plan(model, spec, dtype=load.dtype)
     width = torch.finfo(load.dtype).bits // 8
-    factors = 0
+    factors = kept = 0
     if spec.preset.peft is not None:
         factors = tuners.count_trained(model, spec, plan.targets)[1]
-    for target in plan.targets.layers.values() if spec.preset.core else ():
+    for name, strategy in strategies_of(plan.targets, spec, load.dtype, load.tokens).items():
+        target = plan.targets.layers[name]
         factors += target.count * target.rank * sum(target.shape)
+        kept += target.count * math.prod(target.shape) if strategy == "dense" and load.keeps_weights else 0
     positions = max(math.prod(v.shape) for v in load.batch.values() if isinstance(v, Tensor))
     numbers = sum(2 * max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
     gradients = 4 * (plan.trainable_parameters + plan.head_parameters)
+    activations = positions * numbers * (2 if load.is_16bit_compute else 4)
     return Footprint(
         weights=plan.total_parameters * width,
         factors=factors * width,
         gradients=gradients,
         optimizer=2 * gradients,
-        activations=positions * numbers * (2 if load.is_16bit_compute else 4),
+        activations=activations,
+        evaluation=activations + kept * width if kept else 0,
+        kept=kept * width,
         is_counted=False,
     )

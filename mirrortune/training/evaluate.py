@@ -118,6 +118,11 @@ def judge_split(
     return _in_order(_scored(model, task, examples, accelerator, **how), examples)
 
 
+def generates(task: Task, examples: Examples) -> bool:
+    """Return whether scoring the rows calls the model for one token at a time."""
+    return isinstance(examples, (AnsweredExamples, PromptExamples)) or isinstance(task, Generates)
+
+
 @torch.no_grad()
 def _scored(
     model: nn.Module, task: Task, examples: Examples, accelerator: Any, **how: Unpack[Scoring]
@@ -125,8 +130,8 @@ def _scored(
     """Run the model on all rows and gather the results of all ranks."""
     on_batch, should_stop, around = how.get("on_batch"), how.get("should_stop"), how.get("around", unchanged)
     found: list[_Scored] = []
-    generates = isinstance(examples, (AnsweredExamples, PromptExamples)) or isinstance(task, Generates)
-    kept = weights_kept(model) if generates and not Sharding.of(accelerator).shards_weights else nullcontext()
+    is_kept = generates(task, examples) and not Sharding.of(accelerator).shards_weights
+    kept = weights_kept(model) if is_kept else nullcontext()
     with evaluating(model), kept:
         slices = _slices(examples.lengths, accelerator.num_processes, how["batch_size"], how.get("max_positions"))
         with closing(_batches(examples, accelerator, slices, how.get("num_workers", 0))) as batches:

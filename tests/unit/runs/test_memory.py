@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +14,15 @@ import transformers
 from torch import Tensor, nn
 
 from mirrortune.adapters.files.load import adapt
+from mirrortune.adapters.inject import attach, weights_kept
+from mirrortune.adapters.layers import SpectralWeight
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.examples import IGNORE_INDEX
 from mirrortune.data.loader import forward
 from mirrortune.runs.size import Load, footprint
 from mirrortune.system.devices import widen
 from mirrortune.training.optim import build_optimizer
+from tests.tiny_models import tiny_causal
 
 BERT = transformers.BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
                                vocab_size=500)  # fmt: skip
@@ -179,3 +184,30 @@ def test_an_evaluation_takes_what_was_foreseen(family: str) -> None:
     if family == "llama":
         logits = 16 * 96 * 3000 * 4
         assert foreseen.evaluation < 2 * logits, "the whole and a piece"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "count", "is_counted"),
+    [("Llama", {"strategy": "dense"}, 14, True), ("Mixtral", {"target_modules": ".*experts.*"}, 4, False)],
+)
+def test_weights_that_are_held_while_text_is_generated_are_foreseen(
+    family: str, settings: dict[str, Any], count: int, is_counted: bool
+) -> None:
+    """All experts of a mixture take their memory twice then."""
+    model, spec = tiny_causal(family), AdapterSpec(**settings)
+    batch = batch_of("llama")
+    batch |= {name: batch[name] % 200 for name in ("input_ids", "targets")}
+    load = Load(batch=batch, scored=batch, loss=loss, dtype=torch.float32, is_16bit_compute=False, device="cpu")
+    empty = copy.deepcopy(model).to("meta")
+    found, plain = (footprint(empty, spec, replace(load, keeps_weights=k)) for k in (True, False))
+    assert found.is_counted is plain.is_counted is is_counted
+
+    attach(model, spec)
+    with torch.no_grad(), weights_kept(model):
+        model(input_ids=batch["input_ids"])
+        held = [part._held for part in model.modules() if isinstance(part, SpectralWeight)]
+        assert len(held) == count
+        size = sum(w.numel() * w.element_size() for weights in held for w in (weights or {}).values())
+    assert found.kept == size > 0
+    assert plain.kept == 0
+    assert found.evaluation == (plain.evaluation if is_counted else plain.activations) + size
