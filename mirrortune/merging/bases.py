@@ -23,7 +23,7 @@ from mirrortune.merging.verify import Compared, Probes
 from mirrortune.models.load import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.models.quantized import dequantise
 from mirrortune.registry import task_kinds
-from mirrortune.system.devices import widen
+from mirrortune.system.devices import default_device, holds_half, is_slow, widen
 from mirrortune.system.outputs import Input, adapter_inputs, model_inputs
 from mirrortune.tasks.base import Task, task_from_dict
 from mirrortune.tasks.probes import find_processors, probes
@@ -140,6 +140,25 @@ def load_unadapted(
     model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
     widen(model, adapter.head)
     return model
+
+
+def as_computed_here(
+    model: nn.Module, adapter: AdapterFile, source: ModelSource
+) -> tuple[nn.Module, tuple[str, ...]]:  # fmt: skip
+    """Convert the loaded base of an adapter to float32 if this machine is slow in 16 bits; return it with notes."""
+    dtype = DTYPES[adapter.base["dtype"]]
+    if source.is_quantised or dtype == torch.float32:
+        return model, ()
+    if not holds_half(model):
+        text = (
+            f"weights: in float32, in which '{adapter.spec.method}' trained them, which takes twice the memory of the"
+        )
+        return model, (
+            f"{text} base in {adapter.base['dtype']}; a merge rounds them to the dtype that the base stores",
+        )
+    if is_slow(dtype, default_device()):
+        return model.float(), ("computing in float32: the run was trained in 16 bits, in which this CPU is slow",)
+    return model, ()
 
 
 def _arguments(adapter: AdapterFile, task: Task | None, pad_token_id: int | None) -> tuple[Any, ...]:

@@ -28,10 +28,9 @@ from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.labels import in_order
 from mirrortune.errors import ConfigError, DataError
-from mirrortune.merging.bases import load_adapted, load_unadapted
+from mirrortune.merging.bases import as_computed_here, load_adapted, load_unadapted
 from mirrortune.models.gaps import describe_missing
 from mirrortune.models.load import (
-    DTYPES,
     LoadedModel,
     ModelSource,
     describe_widening,
@@ -47,7 +46,7 @@ from mirrortune.runs.job import Job
 from mirrortune.runs.rows import any_split
 from mirrortune.runs.size import strategies_of
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import default_device, factorising_device, is_slow, widen
+from mirrortune.system.devices import default_device, factorising_device, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
@@ -390,11 +389,8 @@ def _of_adapter(
     adapter: AdapterFile, source: ModelSource, task: Task, settings: EvaluationSettings, load: Callable[..., nn.Module]
 ) -> Evaluable:
     """Load the base of an adapter, with or without it, and widen it to float32 if 16 bits are slow here."""
-    processor, notes = task.load_processor(source), tuple[str, ...]()
-    model = load(adapter, source, task, pad_token_id(processor))
-    if not source.is_quantised and is_slow(DTYPES[adapter.base["dtype"]], default_device()):
-        model = model.float()
-        notes = ("computing in float32: the run was trained in 16 bits, in which this CPU is slow",)
+    processor = task.load_processor(source)
+    model, notes = as_computed_here(load(adapter, source, task, pad_token_id(processor)), adapter, source)
     asked = settings.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
     return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, notes=notes)

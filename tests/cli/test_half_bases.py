@@ -45,6 +45,8 @@ def test_full_moves_a_16_bit_base_as_its_float32_copy(desk: Path) -> None:
 
     scores = [mirrortune("eval", run, "--json").data["metrics"] for run in ("narrow", "wide")]
     assert scores[0] == scores[1]
+    said = [mirrortune("eval", run).said for run in ("narrow", "wide")]
+    assert ["twice the memory of the base in bfloat16" in " ".join(text.split()) for text in said] == [True, False]
     for run in ("narrow", "wide"):
         assert mirrortune("merge", run, "-o", f"{run}-merged", "--json").data["verification"]["passed"]
     merged = [load_file(desk / f"{run}-merged" / "model.safetensors") for run in ("narrow", "wide")]
