@@ -26,7 +26,7 @@ from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError, DataError, NoRowsError
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, probabilities, refuse_nan
@@ -130,7 +130,10 @@ class Task(TextTask):
 
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """Split each row into windows, at least one; the windows are the rows of the result."""
+        """Split each row into windows, at least one; the windows are the rows of the result.
+
+        Training rows are left out if their context holds none of their answers, as they would teach to give none.
+        """
         max_length = reading.num_tokens
         missing, places = nulls(split.table, self.label_column), split.places
         if not reading.allow_missing:
@@ -140,16 +143,29 @@ class Task(TextTask):
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts = [str(text or "") for text in columns[1]]
             answers = [_answers(v, places.where(n)) for n, v in zip(numbers, columns[2], strict=True)]
+            located = [_located(answer, context) for answer, context in zip(answers, contexts, strict=True)]
+            is_lost = np.array([bool(answer) and place is None for answer, place in zip(answers, located, strict=True)])
             # Leading white space is not part of the question and would take up room in the windows (SQuAD has some).
             questions = [str(text or "").lstrip() for text in columns[0]]
-            return _windows(questions, contexts, answers, processor, max_length, stride)
+            keep = ~is_lost if reading.for_training else np.ones_like(is_lost)
+            arrays = _windows(questions, contexts, located, keep, processor, max_length, stride)
+            return arrays, {"lost": int(is_lost.sum())}
 
         made = tokenise_rows(
             split, [*self.text_columns, self.label_column], processor, reading, self.code, make,
-            facts={"length": max_length, "stride": stride},
+            facts={"length": max_length, "stride": stride, "all_questions": not reading.for_training},
         )  # fmt: skip
         arrays = made.arrays
         offsets, counts = arrays.pop("offsets"), arrays.pop("windows")
+        notes = [f"{len(counts):,} questions, {int((counts > 1).sum()):,} of them read through several windows"]
+        if lost := made.counts["lost"]:
+            listed = f"left out ({places.listed(np.flatnonzero(counts == 0))})" if reading.for_training else "scored"
+            notes.append(f"{lost:,} whose context holds none of their answers: {listed}")
+        if not counts.any():
+            raise NoRowsError(
+                split.source, f"no context holds an answer of its question, as in {places.where(0)}",
+                fix="Write answers as the context does, with its capitals",
+            )  # fmt: skip
         scoring = _Scoring(
             split=split, columns=(self.text_columns[1], self.label_column), counts=counts,
             starts=arrays.pop("starts"), ends=arrays.pop("ends"), offsets=offsets,
@@ -161,7 +177,7 @@ class Task(TextTask):
             padding=Padding(side="right", fill=Padding.of(processor).fill),  # targets are positions in the window
             max_length=max_length,
             num_unlabelled=int(counts[missing].sum()),
-            notes=(f"{len(counts):,} questions, {int((counts > 1).sum()):,} of them read through several windows",),
+            notes=tuple(notes),
             references=scoring,
         )
 
@@ -304,13 +320,13 @@ def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
     for text, start in answers or ():
         is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or strip white space
         place = start if is_there else context.find(text)
-        if text and place >= 0:
+        if place >= 0:
             return text, place
     return None
 
 
 def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
-    """Return the answers in a cell: empty for a question without answer, None if the label is missing."""
+    """Return the answers in a cell that are not blank, none for a question without answer; None for a missing label."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -326,7 +342,7 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
     if not (fits and are_whole):
         raise DataError(where, f"answers are {str(value)[:120]!r}",
                         allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
-    return tuple((text, int(place)) for text, place in zip(texts, places, strict=True))
+    return tuple((text, int(place)) for text, place in zip(texts, places, strict=True) if text.strip())
 
 
 def _is_answered(value: Any) -> bool | None:
@@ -346,18 +362,24 @@ def _listed(value: Any) -> list[Any]:
 def _windows(
     questions: list[str],
     contexts: list[str],
-    answers: Sequence[tuple[Answer, ...] | None],
+    located: list[Answer | None],
+    keep: npt.NDArray[np.bool_],
     tokenizer: Any,
     max_length: int,
     stride: int,
-) -> Tokens:
-    """Tokenise questions and contexts into windows.
+) -> dict[str, IntArray]:
+    """Tokenise questions and contexts into windows, none for a question that ``keep`` leaves out.
 
     Additional fields: ``starts`` and ``ends`` (T,), the range of characters of the context that each token covers, -1
     outside the context; ``first`` and ``last``, the first and last answer token of each window; ``windows``, the
     number of windows of each question.
     """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
+    kept = np.flatnonzero(keep)
+    if not len(kept):
+        none = {name: np.zeros(0, np.int32) for name in (*names, "starts", "ends", "first", "last")}
+        return {**none, "offsets": np.zeros(1, np.int64), "windows": np.zeros(len(keep), np.int32)}
+    questions, contexts = [questions[i] for i in kept], [contexts[i] for i in kept]
     # A question may fill at most half of a window.
     asked = tokenizer(questions, add_special_tokens=False, truncation=True, max_length=max(1, max_length // 2 - 4),
                       return_offsets_mapping=True)  # fmt: skip
@@ -367,16 +389,15 @@ def _windows(
         cut, contexts, truncation="only_second", max_length=max_length, stride=stride,
         return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
     )  # fmt: skip
-    located = [_located(answer, context) for answer, context in zip(answers, contexts, strict=True)]
     owners = np.array(made["overflow_to_sample_mapping"], dtype=np.int64)
     places, spans = [], []
     for window, owner in enumerate(owners):
         inside = np.array([part == 1 for part in made.sequence_ids(window)])
         places.append(np.where(inside[:, None], np.array(made["offset_mapping"][window]), -1))
-        spans.append(_span(places[-1], located[owner]))
+        spans.append(_span(places[-1], located[kept[owner]]))
     starts_and_ends, first_and_last = np.concatenate(places).astype(np.int32), np.array(spans, dtype=np.int32)
     arrays = {name: ragged(list(made[name]))[0] for name in names}
     arrays |= {"starts": starts_and_ends[:, 0], "ends": starts_and_ends[:, 1], "offsets": ragged(made["input_ids"])[1]}
     arrays |= {"first": first_and_last[:, 0], "last": first_and_last[:, 1]}
-    arrays["windows"] = np.bincount(owners, minlength=len(questions)).astype(np.int32)
-    return arrays, {}
+    arrays["windows"] = np.bincount(kept[owners], minlength=len(keep)).astype(np.int32)
+    return arrays

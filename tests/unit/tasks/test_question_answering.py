@@ -14,7 +14,7 @@ import torch
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError, DataError, NoRowsError
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import score
 from mirrortune.tasks.predicting import PredictOptions
@@ -123,6 +123,34 @@ def test_spans_are_forwards_short_and_inside_the_context(tokenizer: Any) -> None
 def test_answers_come_in_many_forms(tokenizer: Any, value: Any) -> None:
     _, found = encode(tokenizer, rows(value))
     assert found.targets[0].min() > 0
+
+
+def encode_training(tokenizer: Any, table: pa.Table) -> Any:
+    """The training examples of a table."""
+    task = KIND.from_rows(table, "squad.json")[0]
+    split = Split(table=table, source="squad.json")
+    return task.encode(split, tokenizer, Reading(max_length=48, for_training=True))
+
+
+def test_rows_whose_answers_the_context_lacks_are_not_learned_as_unanswerable(tokenizer: Any) -> None:
+    lost = {"text": ["VERY GOOD"], "answer_start": [4]}
+    table = rows(lost, answer("film"), NONE, lost)
+    learned = encode_training(tokenizer, table)
+    assert learned.row_numbers.tolist() == [1, 2]
+    assert learned.targets[0].min() > 0
+    assert "; 2 whose context holds none of their answers: left out (rows 1, 4)" in learned.describe()
+    _, scored = encode(tokenizer, table)
+    assert scored.row_numbers.tolist() == [0, 1, 2, 3]
+    assert "; 2 whose context holds none of their answers: scored" in scored.describe()
+    with pytest.raises(NoRowsError, match=r"squad\.json: no context holds an answer of its question, as in squad"):
+        encode_training(tokenizer, rows(lost, lost))
+
+
+def test_a_blank_answer_is_none(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows({"text": [""], "answer_start": [0]}, answer("film")))
+    assert task.may_lack_answer
+    assert found.targets[0].tolist() == [0, 0]
+    assert [answers for _, answers, _ in found.references.questions()] == [(), (("film", 8),)]
 
 
 def test_the_loss_is_the_mean_of_both_ends(tokenizer: Any) -> None:
