@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import is_string
-from mirrortune.data.files.class_folders import ClassFolder, class_folder, holds_media
+from mirrortune.data.files.class_folders import ClassFolder, class_folder, holds_media, refuse_lost_links
 from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
 from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files
@@ -295,6 +295,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
+    refuse_lost_links(folder, folder.iterdir() if parts else ())
     found: dict[str, ClassFolder] = {}
     remarks: list[str] = []
     for name, part in (parts or {"train": folder}).items():

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256
 from mirrortune.data.files.arrow import rename_problems, text_array
-from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS
+from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS, refuse_lost_links
 from mirrortune.data.files.readers import read_rows
 from mirrortune.data.files.row_places import FileRows
 from mirrortune.data.files.splits import files_by_split
@@ -38,7 +38,7 @@ def read_loose_files(place: DataPlace) -> DataSet | None:
     """Read a folder of images or recordings that lie in no folders of classes; None for any other data.
 
     Raises:
-        DataError: the place is a single image or recording.
+        DataError: the place is a single image or recording, or a link leads to no file.
     """
     if not place.is_local or place.kind == "pattern":
         return None
@@ -52,6 +52,7 @@ def read_loose_files(place: DataPlace) -> DataSet | None:
     files, num_folders = [path for path in there if path.is_file()], sum(path.is_dir() for path in there)
     for column, suffixes in (("image", tuple(IMAGE_FORMATS)), ("audio", AUDIO_SUFFIXES)):
         found = [file for file in files if file.suffix.lower() in suffixes]
+        refuse_lost_links(folder, (path for path in there if path.suffix.lower() in suffixes))
         if found:
             names, others = [file.name for file in found], len(files) - len(found)
             remarks = [f"{counted(others, 'file')} left out: no {column}"] if others else []

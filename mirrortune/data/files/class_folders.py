@@ -51,10 +51,13 @@ class ClassFolder:
 
 @dataclass(slots=True)
 class _Class:
-    """The files of one class: paths below the data set's folder by kind, and counts of other files by suffix."""
+    """The files of one class: paths below the data set's folder by kind, links to missing files of these kinds, and
+    counts of other files by suffix.
+    """
 
     images: list[str] = field(default_factory=list)
     audio: list[str] = field(default_factory=list)
+    lost: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
 
 
@@ -65,9 +68,10 @@ def class_folder(folder: Path) -> ClassFolder:
     skipped at every depth; other files that are not listed are counted in the remarks.
 
     Raises:
-        DataError: if none of the files of a class can be read, or a file name is not UTF-8.
+        DataError: if none of the files of a class can be read, a link leads to no file, or a file name is not UTF-8.
     """
     classes = {sub.name: _read_class(folder, sub) for sub in _visible(folder) if sub.is_dir()}
+    refuse_lost_links(folder, [*folder.iterdir(), *(path for found in classes.values() for path in found.lost)])
     is_audio = sum(len(c.audio) for c in classes.values()) > sum(len(c.images) for c in classes.values())
     chosen = {name: found.audio if is_audio else found.images for name, found in classes.items()}
     for found in classes.values():
@@ -102,6 +106,24 @@ def holds_media(folder: Path) -> bool:
     return bool(found.images or found.audio)
 
 
+def refuse_lost_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise a DataError if ``paths``, all below ``folder``, contain links to missing folders, images or audio files."""
+    lost = sorted(
+        str(path.relative_to(folder))
+        for path in paths
+        if (_kind(path) or not path.suffix) and not is_system(path.name) and _is_lost(path)
+    )
+    if lost:
+        raise DataError(
+            str(folder), f"{counted(len(lost), 'link')} to what is not there: {_listed(map(shown_path, lost))}",
+            fix="Fetch the files (as with git annex get or dvc pull), or remove the links",
+        )  # fmt: skip
+
+
+def _is_lost(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
 def _read_class(folder: Path, sub: Path) -> _Class:
     found = _Class()
     for place, folders, files in os.walk(sub):
@@ -110,9 +132,11 @@ def _read_class(folder: Path, sub: Path) -> _Class:
         folders[:] = sorted(name for name in folders if not is_system(name))
         for name in files:
             path = Path(place, name)
+            kind = _kind(path)
+            if kind and not is_system(name) and _is_lost(path):
+                found.lost.append(path)
             if is_system(name) or not path.is_file():
                 continue
-            kind = _kind(path)
             if kind is None:
                 found.others[path.suffix.lower() or "files without suffix"] += 1
             else:

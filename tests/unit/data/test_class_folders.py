@@ -15,6 +15,7 @@ from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS, class_folder
 from mirrortune.data.files.images import _formats
 from mirrortune.data.files.media import FileCells, remarks_on
+from mirrortune.data.loose import read_loose_files
 from mirrortune.errors import DataError
 from mirrortune.system.paths import DataPlace
 
@@ -54,6 +55,26 @@ def test_every_suffix_of_recordings_is_listed(tmp_path: Path, suffix: str) -> No
     found = class_folder(touch(tmp_path, f"low/1{suffix}"))
     assert found.table is not None
     assert found.table.column_names == ["audio", "label"]
+
+
+def test_links_to_what_is_not_there_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "in/train/cat/1.png", "in/train/dog/1.png", "in/notes.txt", "loose/1.png")
+    lost = ["in/train/cat/deep/2.png", "in/train/red", "in/validation", "loose/2.png"]
+    (tmp_path / "in/train/cat/deep").mkdir()
+    for name in ("in/train/cat/.2.png", "in/train/cat/2.txt", "loose/2.txt", *lost):  # the first ones are no rows
+        (tmp_path / name).symlink_to("/annex/2.png")
+    for folder, said in (
+        ("in", "1 link to what is not there: validation. Fetch"),
+        ("in/train", r"2 links to what is not there: cat/deep/2\.png, red\. Fetch the files"),
+    ):
+        with pytest.raises(DataError, match=said):
+            load_data(DataPlace.parse(str(tmp_path / folder)))
+    with pytest.raises(DataError, match=r"loose: 1 link to what is not there: 2\.png"):
+        read_loose_files(DataPlace.parse(str(tmp_path / "loose")))
+    for name in lost:
+        (tmp_path / name).unlink()
+    assert load_data(DataPlace.parse(str(tmp_path / "in"))).splits["train"].table.num_rows == 2
+    assert read_loose_files(DataPlace.parse(str(tmp_path / "loose"))) is not None
 
 
 def test_what_systems_and_notebooks_leave_is_skipped_at_every_depth(tmp_path: Path) -> None:
