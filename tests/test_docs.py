@@ -26,7 +26,7 @@ from mirrortune.config import recipe
 from mirrortune.registry import task_kinds
 from tests.cli.console import mirrortune
 from tests.generated_docs import PAGES, RESULTS, ROOT, find_command, render
-from tests.tiny_models import tiny_tokenizer, write_tiny_model
+from tests.tiny_models import tiny_bert, tiny_tokenizer, write_tiny_model
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
@@ -144,6 +144,16 @@ def test_marked_commands_run_and_print_what_the_pages_show(
         run_page(name, desk, monkeypatch)
 
 
+@pytest.fixture
+def merged(tmp_path: Path) -> None:
+    """A folder as ``merge`` writes it after the README's first run: a classifier of two classes with its head."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tiny_bert(num_labels=2).save_pretrained(tmp_path / "merged")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+
+
 def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PAIRINGS, "_items", dict(PAIRINGS._items))
     names = {"PAIRINGS": PAIRINGS, "torch": torch, "Generator": torch.Generator, "Tensor": Tensor}
@@ -160,13 +170,11 @@ def test_the_example_core_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(core.mix(torch.eye(4), *core.coefficients(delta=False)), torch.eye(4))
 
 
-def test_the_python_examples_run_as_printed(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("merged")
+def test_the_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # The same graphs; what a C++ compiler makes of them is the slow tests' to see.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    (tmp_path / "merged").symlink_to(tiny_model_dir)
     run_all(python_blocks("README.md"))
     assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
     assert len(python_blocks("docs/python.md")) == 5
@@ -174,11 +182,11 @@ def test_the_python_examples_run_as_printed(
     assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("merged")
 def test_the_bank_examples_run_as_printed(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "merged").symlink_to(tiny_model_dir)
     run_all(python_blocks("docs/bank.md"))
     said = capsys.readouterr().out.splitlines()
     assert [said[0], said[1].split()[0], said[2].split()[0]] == ["torch.Size([3, 3])", "shop-17", "shop-4"]
@@ -187,11 +195,9 @@ def test_the_bank_examples_run_as_printed(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch's own compiler imports
-def test_they_run_with_the_default_compiler(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("merged")
+def test_they_run_with_the_default_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "merged").symlink_to(tiny_model_dir)
     plain, compiled = python_blocks("docs/python.md")[:2]
     left = run_all([plain])
     saved = tmp_path / "my-adapter" / "adapter.safetensors"
