@@ -277,11 +277,6 @@ class CoreStack(Core):
         return found
 
     @override
-    @classmethod
-    def seeded(cls, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Return the options of a new core, with those that follow from the seed of its run unless they are given."""
-        return dict(options)
-
     def start(self) -> dict[str, Tensor]:
         if type(self._one[0].core).start is Core.start:
             return {}
