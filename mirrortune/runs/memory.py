@@ -151,9 +151,8 @@ def rehearse(
     for tensor in (*held.values(), *inputs.values(), *scored_inputs.values()):
         if isinstance(tensor, Tensor):
             ledger.know(tensor)
-    autocast: AbstractContextManager[object] = (
-        torch.autocast(device, torch.bfloat16) if is_16bit_compute else nullcontext()
-    )
+    autocast: AbstractContextManager[object]
+    autocast = torch.autocast(device, torch.bfloat16) if is_16bit_compute else nullcontext()
     with mode, ledger:
         with autocast:
             given, outputs, targets = forward(empty, inputs, torch.device(device))
@@ -161,8 +160,7 @@ def rehearse(
         total.backward()  # type: ignore[no-untyped-call]
         del given, outputs, targets, total
     trained, step = [p for p in empty.parameters() if p.requires_grad], ledger.peak
-    empty.zero_grad()
-    empty.eval()
+    empty.eval().zero_grad()
     ledger.peak = ledger.live
     with mode, ledger, torch.no_grad(), autocast:
         loss(*forward(empty, scored_inputs, torch.device(device)))
@@ -176,9 +174,8 @@ def rehearse(
         gradients=gradients,
         optimizer=2 * gradients,
         activations=max(0, step - gradients),
-        evaluation=ledger.peak + kept,
-        kept=kept,
-    )
+        evaluation=ledger.peak + kept, kept=kept,
+    )  # fmt: skip
 
 
 def _empty_batch(batch: Batch, device: str) -> Batch:
