@@ -150,12 +150,8 @@ def as_computed_here(
     if source.is_quantised or dtype == torch.float32:
         return model, ()
     if not holds_half(model):
-        text = (
-            f"weights: in float32, in which '{adapter.spec.method}' trained them, which takes twice the memory of the"
-        )
-        return model, (
-            f"{text} base in {adapter.base['dtype']}; a merge rounds them to the dtype that the base stores",
-        )
+        size = f"twice the memory of the base in {adapter.base['dtype']}; a merge writes the dtype of the base"
+        return model, (f"weights: in float32, in which '{adapter.spec.method}' trained them, {size}",)
     if is_slow(dtype, default_device()):
         return model.float(), ("computing in float32: the run was trained in 16 bits, in which this CPU is slow",)
     return model, ()
