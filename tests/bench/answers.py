@@ -64,7 +64,7 @@ TASKS = {
         words=("data.validation_fraction=0.02", "eval.max_new_tokens=12"),
     ),
     "gsm8k": Task(
-        recipe="llm/gsm8k", steps=16, rows=64, words=("eval.max_new_tokens=160",),
+        recipe="llm/gsm8k", steps=16, rows=64, words=("eval.max_new_tokens=160", "eval.report_splits=[validation]"),
         methods=(
             "mirror-scale:lr=1e-2", "lora:rank=8:lr=3e-3", "svft:lr=1e-1", "psoft:lr=1e-3", "mirror:lr=1e-2",
         ),
