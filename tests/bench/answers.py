@@ -11,7 +11,8 @@ SmolLM2-135M-Instruct on the commonsense questions at hand and on GSM8K (rows: `
 same command continues. Learning rates are those that ``tests/bench/results/rates/chatterbot`` has chosen for this
 model; mirror-scale and LoRA were not in it and choose between two by the loss on the commonsense rows that are scored
 here, which can only favour them. GSM8K takes the rates that commonsense has chosen. The model is scored once before
-training and once after the last step, on rows set aside from the training rows.
+training and once after the last step, on rows set aside from the training rows (commonsense) or of the test split
+(GSM8K).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ TASKS = {
         words=("data.validation_fraction=0.02", "eval.max_new_tokens=12"),
     ),
     "gsm8k": Task(
-        recipe="llm/gsm8k", steps=16, rows=64, words=("eval.max_new_tokens=160", "eval.report_splits=[validation]"),
+        recipe="llm/gsm8k", steps=16, rows=64, words=("eval.max_new_tokens=160", "data.validation_split=test"),
         methods=(
             "mirror-scale:lr=1e-2", "lora:rank=8:lr=3e-3", "svft:lr=1e-1", "psoft:lr=1e-3", "mirror:lr=1e-2",
         ),
