@@ -261,6 +261,8 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
             samples = {label: sample.by_ranks() for label, sample in samples.items()}
             compute = METRICS[metric].of_ranks
         if reference in complete:
+            if len(complete) > 1:  # may take minutes
+                comparison.reporter.note(f"task {task}: testing differences to {reference} in {metric} on {split}")
             paired = compare_with_reference(
                 samples, reference, compute, higher_is_better=METRICS[metric].higher_is_better
             )

@@ -59,7 +59,7 @@ class Metric:
 
     def of_ranks(self, ranks: Array, _: Array) -> float:
         """Score ranks alone, for a metric of the target ``"rank"``; the second argument is ignored."""
-        return self.compute(ranks, ranks)
+        return (self.fast or self.compute)(ranks, ranks)
 
 
 def _f1(predictions: Array, references: Array, *, average: str) -> float:
@@ -82,6 +82,37 @@ def _balanced_accuracy(predictions: Array, references: Array) -> float:
     with warnings.catch_warnings():  # predicted classes that no row has count as wrong answers, and have no recall
         warnings.simplefilter("ignore")
         return float(balanced_accuracy_score(references, predictions))
+
+
+def _counts(predictions: npt.NDArray[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return how many rows of each class are right, are predicted and are true, (3, C); the first class is "none"."""
+    if references.ndim == 2:
+        said, true = (np.pad(values.astype(bool), ((0, 0), (1, 0))) for values in (predictions, references))
+        return np.array([(said & true).sum(axis=0), said.sum(axis=0), true.sum(axis=0)], dtype=np.float64)
+    size, right = 2 + max(1, predictions.max(), references.max()), predictions[predictions == references]
+    found = [np.bincount(values + 1, minlength=size) for values in (right, predictions, references)]
+    return np.array(found, dtype=np.float64)
+
+
+def _f1_of_counts(predictions: Array, references: Array, *, average: str) -> float:
+    """Return the value of :func:`_f1`; of single classes, those that are neither predicted nor true do not count."""
+    found = _counts(predictions, references)
+    found = {"binary": found[:, 2:3], "micro": found.sum(axis=1, keepdims=True), "macro": found}[average]
+    right, base = found[0], found[1] + found[2]
+    count = found.shape[1] - 1 if average == "macro" and references.ndim == 2 else np.count_nonzero(base)
+    return float((2 * right[base > 0] / base[base > 0]).sum() / count) if count else 0.0
+
+
+def _matthews_of_counts(predictions: Array, references: Array) -> float:
+    right, said, true = _counts(predictions, references)
+    size = true.sum()
+    base = (size**2 - said @ said) * (size**2 - true @ true)
+    return float((right.sum() * size - said @ true) / np.sqrt(base)) if base else 0.0
+
+
+def _balanced_accuracy_of_counts(predictions: Array, references: Array) -> float:
+    right, _, true = _counts(predictions, references)
+    return float((right[true > 0] / true[true > 0]).mean())
 
 
 def _log_loss(probabilities: Array, references: Array) -> float:
@@ -259,6 +290,10 @@ def _ndcg(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
     return float(ndcg_score(ranks[:, None] == places, np.broadcast_to(-places, (len(ranks), k)), k=k))
 
 
+def _ndcg_of_ranks(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
+    return float(np.mean(np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0)))
+
+
 def _root_error(predictions: Array, references: Array) -> float:
     return float(np.sqrt(_error(predictions, references, power=2)))
 
@@ -294,13 +329,21 @@ _SEQEVAL, _ROUGE, _BLEU = ("seqeval", "tags"), ("rouge_score", "generation"), ("
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(compute=_accuracy, targets=("class", "choice")),
-    "f1": Metric(compute=partial(_f1, average="binary"), binary=True),
-    "f1_macro": Metric(compute=partial(_f1, average="macro"), targets=("class", "choice", "labels")),
-    "f1_micro": Metric(compute=partial(_f1, average="micro"), targets=("class", "choice", "labels")),
-    "balanced_accuracy": Metric(compute=_balanced_accuracy, targets=("class", "choice")),
+    "f1": Metric(compute=partial(_f1, average="binary"), fast=partial(_f1_of_counts, average="binary"), binary=True),
+    **{
+        f"f1_{average}": Metric(
+            compute=partial(_f1, average=average),
+            targets=("class", "choice", "labels"),
+            fast=partial(_f1_of_counts, average=average),
+        )
+        for average in ("macro", "micro")
+    },
+    "balanced_accuracy": Metric(
+        compute=_balanced_accuracy, targets=("class", "choice"), fast=_balanced_accuracy_of_counts
+    ),
     "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
-    "matthews_correlation": Metric(compute=_matthews, targets=("class", "choice")),
-    "mcc": Metric(compute=_matthews, targets=("class", "choice")),
+    "matthews_correlation": Metric(compute=_matthews, targets=("class", "choice"), fast=_matthews_of_counts),
+    "mcc": Metric(compute=_matthews, targets=("class", "choice"), fast=_matthews_of_counts),
     "roc_auc": Metric(
         compute=_roc_auc,
         targets=("class", "labels"),
@@ -357,7 +400,7 @@ METRICS: dict[str, Metric] = {
     "recall_at_1": Metric(compute=partial(_recall, k=1), targets=("rank",)),
     "recall_at_10": Metric(compute=partial(_recall, k=10), targets=("rank",)),
     "mrr_at_10": Metric(compute=partial(_mrr, k=10), targets=("rank",)),
-    "ndcg_at_10": Metric(compute=partial(_ndcg, k=10), targets=("rank",)),
+    "ndcg_at_10": Metric(compute=partial(_ndcg, k=10), targets=("rank",), fast=partial(_ndcg_of_ranks, k=10)),
 }
 
 _SCORED = {

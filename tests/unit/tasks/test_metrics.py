@@ -282,6 +282,25 @@ def test_the_area_by_pairs_is_that_under_the_curve(kind: str) -> None:
     assert metric.fast(odds, np.zeros_like(truth)) == metric.compute(odds, np.zeros_like(truth)) == 0.5
 
 
+@pytest.mark.parametrize(
+    "name", ["f1", "f1_macro", "f1_micro", "balanced_accuracy", "matthews_correlation", "mcc", "ndcg_at_10"]
+)
+def test_fast_values_are_those_of_scikit_learn(name: str) -> None:
+    random, metric = np.random.default_rng(0), METRICS[name]
+    cases = [(random.integers(k, size=n), random.integers(k - (k > 2), size=n)) for k in (2, 6) for n in (1, 2, 3, 70)]
+    cases += [(np.full(5, own), np.full(5, true)) for own in (0, 1) for true in (0, 1)]
+    if metric.binary:
+        cases = [(own, true) for own, true in cases if max(own.max(), true.max()) < 2]
+    if "labels" in metric.targets:
+        cases += [(random.integers(2, size=(n, 4)), random.integers(2, size=(n, 4)) * [1, 1, 1, 0]) for n in (1, 2, 50)]
+        cases.append((np.zeros((3, 2), int), np.zeros((3, 2), int)))
+    if "rank" in metric.targets:
+        cases = [(ranks, ranks) for ranks in (np.arange(1, 15), np.array([11]), np.array([1]))]
+    assert metric.fast is not None
+    for own, true in cases:
+        assert metric.fast(own, true) == pytest.approx(metric.compute(own, true), abs=1e-12), (own, true)
+
+
 def test_the_log_loss_by_row_is_that_of_scikit_learn() -> None:
     random, metric = np.random.default_rng(0), METRICS["log_loss"]
     odds, truth = random.dirichlet([1.0] * 4, size=50), random.integers(4, size=50)
