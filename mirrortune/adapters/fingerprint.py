@@ -36,6 +36,7 @@ _PROBE_ATTEMPTS = 64
 # rounding error (1e-15) divided by the gap, so vectors outside clusters agree to 1e-8.
 _CLUSTER_GAP = 1e-7
 _NULL = 1e-10  # below this fraction of the largest value, left and right vectors are independent of each other
+_SHORT = 8  # hexadecimal digits of the digest of a frozen weight
 _SAMPLE = 2**14  # values of a parameter, or up to twice as many
 _LARGEST_CLUSTER = 64  # m vectors; the sketch has 2 m^2 entries per side, and a larger cluster is not repaired
 
@@ -131,22 +132,30 @@ def sampled_digest(model: nn.Module, left_out: Container[str]) -> str:
     return digest.hexdigest()
 
 
-def frozen_digest(model: nn.Module, left_out: Iterable[str]) -> str | None:
-    """Return a digest of samples of the weights of an unadapted model, up to 32,767 values of every parameter that is
-    not named in ``left_out``.
+def frozen_digests(model: nn.Module, left_out: Iterable[str]) -> str | None:
+    """Return the digests of the weights of an unadapted model, sorted, without parameters named in ``left_out``.
 
-    It does not depend on the dtype, nor on the names and the order of the parameters, which differ between versions of
-    transformers. None for a model that is quantised, in shards, or without values (on the meta device).
+    None for a model that is quantised, in shards, or without values (on the meta device).
     """
     excluded = {id(model.get_parameter(name)) for name in left_out}
-    digests = []
+    found = set()
     for parameter in model.parameters():
         if parameter.is_meta or not parameter.is_floating_point() or not is_whole(parameter):
             return None
         if id(parameter) not in excluded:
-            shape = f"{tuple(parameter.shape)}:".encode()
-            digests.append(hashlib.sha256(shape + _sampled(parameter)).hexdigest())
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+            found.add(sampled_values(parameter))
+    return "".join(sorted(found))
+
+
+def num_lost(recorded: str, found: str) -> int:
+    """Return how many of the digests that are joined in ``recorded`` are not in ``found``."""
+    digests = [{text[start : start + _SHORT] for start in range(0, len(text), _SHORT)} for text in (recorded, found)]
+    return len(digests[0] - digests[1])
+
+
+def sampled_values(weight: Tensor) -> str:
+    """Return 8 hexadecimal digits that identify the shape and up to 32,767 values of ``weight``, in any dtype."""
+    return hashlib.sha256(f"{tuple(weight.shape)}:".encode() + _sampled(weight)).hexdigest()[:_SHORT]
 
 
 def _sampled(parameter: Tensor) -> bytes:

@@ -72,7 +72,7 @@ class Attachment:
         spec: specification that the adapter was built from.
         targets: the adapted weights, and the head.
         layers: adapted layers by name, in module order.
-        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digest` of the base's weights that the adapter leaves as
+        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digests` of the base's weights that the adapter leaves as
             they are; None if it is not known.
     """
 

@@ -115,6 +115,14 @@ class MergePlan:
         """Return a function that reads the base's tensor ``name``, or None if no adapter changes it."""
         return functools.partial(value_of, self.stored[name]) if name in self.adapted else None
 
+    def other_values(self, adapter: AdapterFile) -> Iterator[Tensor]:
+        """Yield the tensors of the base but the weights of adapted layers, as stored and in the dtype of training."""
+        for name in self.stored.keys() - {name for names in adapter.weights.values() for name in names}:
+            value = value_of(self.stored[name])
+            yield value
+            if value.is_floating_point() and value.dtype != self.trained_in:
+                yield value.to(self.trained_in)
+
     def value(self, name: str) -> Tensor:
         """Compute a tensor of the merged model, in float64 if an adapter changes it, else in its stored dtype."""
         if name in self.trained:

@@ -23,6 +23,7 @@ from mirrortune import __version__
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
+from mirrortune.adapters.files.load import check_stored
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.errors import ConfigError, ResourceError, not_as_meant
 from mirrortune.merging import in_memory
@@ -280,7 +281,8 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
     merge, model, plan = _plan(merge, packed)
     shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)
-    write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))
+    write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))  # checks the adapted weights
+    check_stored(merge.adapters[0], plan.other_values(merge.adapters[0]), merge.remarks)
     _save_configuration(folder, model, merge.source, plan)
     for processor in merge.processors:
         processor.save_pretrained(folder)

@@ -95,7 +95,7 @@ class AdapterFile:
         plain: names of base parameters that were trained as they are.
         statistics: names of the running statistics of normalisation layers among ``head`` and ``plain``.
         extra: what else the writer recorded (max_length, ...).
-        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digest` of the base's weights that the adapter leaves as
+        frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digests` of the base's weights that the adapter leaves as
             they are; None if it is not known.
         effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
         peft_config: PEFT's own description of the adapter; None for mirrortune's own.

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
-from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, frozen_digest, try_align
+from mirrortune.adapters.fingerprint import (
+    Fingerprint,
+    completed,
+    fingerprint,
+    frozen_digests,
+    num_lost,
+    sampled_values,
+    try_align,
+)
 from mirrortune.adapters.inject import (
     FactorSource,
     SpectralLayer,
@@ -35,7 +43,7 @@ from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy, loaded_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, find_targets
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, VerificationError, counted
 from mirrortune.system.distributed.sharding import is_whole
 
 
@@ -97,10 +105,10 @@ def adapt(
 
 
 def _frozen(model: nn.Module, targets: Targets) -> str | None:
-    """Return the digest of the weights that the adapter leaves as they are, of a model without adapter."""
+    """Return the digests of the weights that the adapter leaves as they are, of a model without adapter."""
     rows = {name: RowRange.parse(name) for name in (*targets.head, *targets.plain)}
     changed = [name if found is None else found.weight for name, found in rows.items()]
-    return frozen_digest(model, [*changed, *(name for target in targets.layers.values() for name in target.tensors)])
+    return frozen_digests(model, [*changed, *(name for target in targets.layers.values() for name in target.tensors)])
 
 
 def _measured_factors(spec: AdapterSpec, bases: Mapping[str, Factors] | None) -> FactorSource:
@@ -171,27 +179,43 @@ def load_into(
 def check_frozen(adapter: AdapterFile, model: nn.Module, targets: Targets, remarks: list[str] | None = None) -> None:
     """Check that the weights that the adapter neither adapts nor holds are those of its training.
 
-    For an adapter saved in Python, a difference is only a warning: transformers initialises weights that a checkpoint
-    lacks at random, and they need not have an effect.
+    The model may have others besides. For an adapter saved in Python, a difference is only a warning: transformers
+    initialises weights that a checkpoint lacks at random, and they need not have an effect.
 
     Raises:
         VerificationError: they are not, and ``remarks`` is None; it names an adapted layer if one of them differs too.
     """
-    found = _frozen(model, targets)
-    if None in (found, adapter.frozen) or found == adapter.frozen:
+    problem = _other_frozen(adapter, _frozen(model, targets))
+    if problem is None:
         return
-    if remarks is None:
-        for name, target in targets.layers.items():
-            check_weight(adapter, name, target.read(model))
-    problem = _other_base(
-        adapter, str(adapter.folder), "the base differs in weights that the adapter leaves as they are"
-    )
     if remarks is not None:
         remarks.append(str(problem))
-    elif adapter.task is None:
-        warnings.warn(f"{problem} Expected only where the base initialises unused weights at random", stacklevel=4)
-    else:
+        return
+    for name, target in targets.layers.items():
+        check_weight(adapter, name, target.read(model))
+    _raise_or_warn(adapter, problem)
+
+
+def check_stored(adapter: AdapterFile, values: Iterable[Tensor], remarks: list[str] | None) -> None:
+    """Check like :func:`check_frozen` that ``values`` include the weights that the adapter leaves as they are."""
+    found = "".join(map(sampled_values, values)) if adapter.frozen else ""
+    if (problem := _other_frozen(adapter, found)) and remarks is not None:
+        remarks.append(str(problem))
+    elif problem:
+        _raise_or_warn(adapter, problem)
+
+
+def _other_frozen(adapter: AdapterFile, found: str | None) -> VerificationError | None:
+    if adapter.frozen is None or found is None or not (count := num_lost(adapter.frozen, found)):
+        return None
+    problem = f"the base differs in {counted(count, 'weight')} that the adapter leaves as they are"
+    return _other_base(adapter, str(adapter.folder), problem)
+
+
+def _raise_or_warn(adapter: AdapterFile, problem: VerificationError) -> None:
+    if adapter.task is not None:
         raise problem
+    warnings.warn(f"{problem} Expected only where the base initialises unused weights at random", stacklevel=5)
 
 
 def _attach_cores(
@@ -259,11 +283,11 @@ def restore_into(model: nn.Module, adapter: AdapterFile, book: FingerprintBook |
     if odd := [n for n in {**adapter.layouts, **own_layouts} if adapter.layouts.get(n) != own_layouts.get(n)]:
         problem = f"its adapter and the model's differ in the layers that they adapt, such as {odd[0]}"
         raise VerificationError(where, problem, fix=_ATTACH_THE_SAME)
-    if book is not None and None not in (found.frozen, adapter.frozen) and found.frozen != adapter.frozen:
-        raise _other_base(adapter, where, "the model differs in weights that the adapter leaves as they are")
     for name, entry in ({} if book is None else book.entries).items():
         if entry.weight_hash != adapter.fingerprints[name].weight_hash:
             raise _other_weight(adapter, name)
+    if book is not None and (other := _other_frozen(adapter, found.frozen)):
+        _raise_or_warn(adapter, other)
     for name, layer in spectral_layers(model).items():
         _compare_core(adapter, name, layer)
     adapter.restore(model)

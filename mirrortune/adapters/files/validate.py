@@ -21,6 +21,7 @@ from mirrortune.adapters.pairings.encoding import pairs_of
 from mirrortune.adapters.strategies import Strategy
 
 _HASH = re.compile(r"values:[0-9a-f]{64}")
+_FROZEN = re.compile(r"(?:[0-9a-f]{8})*")
 _SIDES = {"output": 1, "input": 1, "both": 2}
 _PAIRS = ("pairs", "partners")
 _LARGEST_SIZE = 2**40
@@ -66,7 +67,8 @@ def check_description(description: Mapping[str, Any]) -> None:
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
     for key in ("head", "plain", "statistics"):
         _require(_are_names(description.get(key, [])), key)
-    _require(isinstance(description.get("frozen"), str | None), "frozen")
+    frozen = description.get("frozen")
+    _require(frozen is None or (isinstance(frozen, str) and _FROZEN.fullmatch(frozen) is not None), "frozen")
     _require(description["form"] in ("compact", "portable"), "form")
     for name, layer in description["layers"].items():
         _require(bool(name) and isinstance(layer, dict), "layers")
