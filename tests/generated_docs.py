@@ -71,7 +71,9 @@ def options(*command: str) -> str:
 
 def json_fields() -> str:
     """Fields of the ``--json`` objects, from the dataclasses that commands return."""
-    from mirrortune.merging import verify
+    from mirrortune.analyze.analyze import Analysis
+    from mirrortune.inference.predict import PredictResult
+    from mirrortune.merging import push, verify
     from mirrortune.runs import evaluate, prepare, results
 
     found = {
@@ -79,6 +81,9 @@ def json_fields() -> str:
         "train": (results.RunResult.SUMMARY, "{}"),
         "eval": ([f.name for f in fields(evaluate.EvaluateResult)], "{}"),
         "merge": ([f.name for f in fields(verify.Verification)], "`output_dir`, `format`, `verification` with {}"),
+        "predict": ([f.name for f in fields(PredictResult)], "{}"),
+        "push": ([f.name for f in fields(push.PushResult)], "{}"),
+        "analyze": ([*(f.name for f in fields(Analysis)), "report", "figures"], "{}"),
     }
     rows = (
         (f"`{name}`", form.format(", ".join(f"`{field}`" for field in names))) for name, (names, form) in found.items()
