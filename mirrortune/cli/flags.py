@@ -22,7 +22,7 @@ from mirrortune.system.console import Reporter
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Details, such as all settings and their origins.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
