@@ -404,18 +404,10 @@ METRICS: dict[str, Metric] = {
 }
 
 _SCORED = {
-    "class": "a class",
-    "choice": "a choice",
-    "number": "a number",
-    "labels": "several labels",
-    "tags": "tags",
-    "answers": "answers",
-    "text": "a text",
-    "token": "tokens",
-    "written": "generated answers",
+    "labels": "several labels", "tags": "tags", "answers": "answers", "token": "tokens", "written": "generated answers",
     "rank": "ranks",
-}
-"""How messages call the types of target."""
+}  # fmt: skip
+"""How messages name the types of target; any other is named with its article."""
 
 
 def check_metrics(
@@ -439,7 +431,7 @@ def check_metrics(
         metric = METRICS[name]
         if target not in metric.targets:
             fix = "Set task.answer" if target == "token" and "written" in metric.targets else None
-            problem = f"'{name}' does not score {_SCORED[target]}"
+            problem = f"'{name}' does not score {_SCORED.get(target, f'a {target}')}"
             raise ConfigError("task.metrics", problem, allowed=", ".join(fitting), fix=fix)
         if metric.requires and importlib.util.find_spec(metric.requires[0]) is None:
             module, extra = metric.requires
