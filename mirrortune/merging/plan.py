@@ -159,10 +159,25 @@ class MergePlan:
         is_first = self.adapted[name][0][0] is adapter
         own = self.turned_weight(name, adapter) if is_first else weight
         for layer in layers:
-            factors = self.factors(own, adapter, layer)
+            try:
+                factors = self.factors(own, adapter, layer)
+            except VerificationError as error:
+                if is_first:
+                    raise
+                raise self._not_on_result(name, adapter, layer) from error
             delta = delta_weight(factors, stored_core(adapter, layer, factors.S))
             changed += adapter.layouts[layer].tensor(delta)
         return changed
+
+    def _not_on_result(self, name: str, adapter: AdapterFile, layer: str) -> VerificationError:
+        before = [str(other.folder) for other, _ in self.adapted[name]]
+        before = before[: [other is adapter for other, _ in self.adapted[name]].index(True)]
+        return VerificationError(
+            layer,
+            f"{' and '.join(before)} changed this weight before, and {adapter.folder} was not trained on the result",
+            allowed="adapters of one base that change different layers, or each trained on the merge of those before",
+            fix="Train one adapter on both data sets (--data twice), or on layers that the other leaves out",
+        )  # fmt: skip
 
     def turned_weight(self, name: str, adapter: AdapterFile) -> Tensor:
         """Read the weight that the first adapter of the weight ``name`` was trained on."""

@@ -393,11 +393,12 @@ def _other_weight(adapter: AdapterFile, name: str) -> VerificationError:
 
 
 def _other_base(adapter: AdapterFile, where: str, problem: str) -> VerificationError:
-    base: dict[str, Any] = {"commit": "unknown", **adapter.base}
+    base = adapter.base
+    commit = f" at commit {base['commit']}" if base.get("commit") else ""
     return VerificationError(
         where,
         problem,
-        allowed="{name} at commit {commit}, in {dtype}".format_map(base) if base.get("name") else None,
+        allowed=f"{base['name']}{commit}, in {base['dtype']}" if base.get("name") else None,
         fix="Load that base; an adapter of another base turns the wrong directions",
     )
 

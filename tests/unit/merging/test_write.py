@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def test_adapters_of_one_base_that_change_the_same_weights_are_refused(tmp_path:
     base = write_causal(tmp_path / "base")
     adapt(base, tmp_path / "one", target_modules="q_proj")
     adapt(base, tmp_path / "two", seed=9, target_modules="q_proj|k_proj")
-    with pytest.raises(VerificationError, match="the base weight is not the one"):
+    one, two = (re.escape(str(tmp_path / name)) for name in ("one", "two"))
+    said = f"q_proj: {one} changed this weight before, and {two} was not trained on the result"
+    with pytest.raises(VerificationError, match=said):
         merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -212,7 +215,8 @@ def test_other_weights_only_by_force(tmp_path: Path) -> None:
     base = write_causal(tmp_path / "base")
     write_causal(tmp_path / "other", seed=1)
     adapt(base, tmp_path / "adapter", rank=4)  # portable
-    with pytest.raises(VerificationError, match="the base weight is not the one"):
+    said = rf"the base weight is not the one .* Allowed: {re.escape(str(base))}, in float32\. Load that base"
+    with pytest.raises(VerificationError, match=said):
         merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
     verdict = merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"), remarks=[])
     assert verdict.passed
@@ -350,7 +354,8 @@ def test_a_foreign_base_of_a_tuner_is_refused(tmp_path: Path) -> None:
     write_causal(tmp_path / "other", seed=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     mirrortune.save_adapter(mirrortune.attach(model, method="lora", rank=2), tmp_path / "adapter")
-    with pytest.raises(VerificationError, match="the base weight is not the one"):
+    said = rf"the base weight is not the one .* Allowed: {re.escape(str(base))}, in float32\. Load that base"
+    with pytest.raises(VerificationError, match=said):
         merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
 
 
