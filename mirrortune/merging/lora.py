@@ -91,10 +91,7 @@ class LoraExport:
         outputs = f"outputs were not compared ({self.not_compared})"
         if self.max_abs_logit_error is not None:
             outputs = f"outputs by at most {self.max_abs_logit_error:.1e}"
-        text = (
-            f"rank {self.rank} (the change has rank {self.needed_rank}), "
-            f"changes differ by {self.max_rel_delta_error:.1e}, {outputs}"
-        )
+        text = f"{_describe_ranks(self)}, changes differ by {self.max_rel_delta_error:.1e}, {outputs}"
         return text + (f" (allowed {self.tolerance:.1e})" if self.kept_rank >= self.needed_rank else " (truncated)")
 
 
@@ -122,10 +119,16 @@ class GgufExport:
     def describe(self) -> str:
         """Return the result as one line."""
         return (
-            f"llama.cpp's architecture '{self.architecture}', rank {self.rank} (the change has rank "
-            f"{self.needed_rank}), changes differ by {self.max_rel_delta_error:.1e}"
+            f"llama.cpp's architecture '{self.architecture}', {_describe_ranks(self)}, "
+            f"changes differ by {self.max_rel_delta_error:.1e}"
             + (" (truncated)" if self.kept_rank < self.needed_rank else "")
         )
+
+
+def _describe_ranks(found: LoraExport | GgufExport) -> str:
+    is_padded = found.kept_rank < min(found.rank, found.needed_rank)
+    stored = f"rank {found.kept_rank}, padded to {found.rank}" if is_padded else f"rank {found.rank}"
+    return f"{stored} (the change has rank {found.needed_rank})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mirrortune.errors import ConfigError
 from mirrortune.system.hub import holds_adapter, local_adapter
-from mirrortune.system.outputs import COMPARISON, read_marker, restore
+from mirrortune.system.outputs import COMPARISON, LORA, read_marker, restore
 from mirrortune.system.paths import ModelPlace, hub_place, local_path
 
 
@@ -45,7 +45,7 @@ def require_adapter(target: str, command: str = "merge") -> Path:
     if folder is None and _is_on_hub(target):
         return local_adapter(target)
     if folder is None:
-        _refuse_plain_peft(target)
+        _refuse_other_formats(target)
         problem, fix = f"'{target}' is neither a run directory nor an adapter folder", "Give what train wrote"
         marker = read_marker(local_path(target))
         if marker is not None and marker.kind == COMPARISON.name:
@@ -60,7 +60,7 @@ def adapter_to_score(target: str) -> Path | None:
     """Return the adapter folder of ``target`` as :func:`require_adapter` does, or None if it may be a model."""
     folder = find_adapter(target)
     if folder is None:
-        _refuse_plain_peft(target)
+        _refuse_other_formats(target)
     if folder is not None or not _is_on_hub(target):
         return folder
     if holds_adapter(target):
@@ -70,9 +70,15 @@ def adapter_to_score(target: str) -> Path | None:
     return None
 
 
-def _refuse_plain_peft(target: str) -> None:
-    """Raise ConfigError for a folder that holds an adapter of PEFT and nothing of mirrortune, and no model."""
+def _refuse_other_formats(target: str) -> None:
+    """Raise ConfigError for an exported LoRA, or for an adapter that PEFT saved without mirrortune's, and no model."""
     path = local_path(target)
+    marker = read_marker(path)
+    if marker is not None and marker.kind == LORA.name:
+        raise ConfigError(
+            target, "a LoRA that merge --format exported, for other programs",
+            fix="Give the run or adapter that it was made from; hf upload sends the folder to the Hub as it is",
+        )  # fmt: skip
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ConfigError(
             target, "an adapter that PEFT alone has saved, without mirrortune's adapter.json",

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import mirrortune
+from mirrortune.adapters.files.find import adapter_to_score, require_adapter
 from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError
 from mirrortune.merging.lora import LoraExport, export_lora
@@ -92,6 +93,11 @@ def test_a_smaller_rank_is_the_best_there_is(tiny_model_dir: Path, tmp_path: Pat
         worst = max(worst, float(values[rank:].norm() / values.norm()))
     assert verdict.max_rel_delta_error == pytest.approx(worst, abs=1e-6)
     assert "truncated" in verdict.describe()
+    stored = f"rank {rank}" if rank == verdict.rank else f"rank {rank}, padded to {verdict.rank}"
+    assert verdict.describe().startswith(f"{stored} (the change has rank {verdict.needed_rank})")
+    for take in (require_adapter, adapter_to_score):
+        with pytest.raises(ConfigError, match=r"lora: a LoRA that merge --format exported.*Give the run"):
+            take(str(tmp_path / "lora"))
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     stored = {t.shape[0] for name, t in written.items() if "lora_A" in name}
     assert stored == {verdict.rank} <= {8, 32}
