@@ -20,7 +20,7 @@ from mirrortune.data.files.arrow import is_string
 from mirrortune.data.files.class_folders import ClassFolder, class_folder, holds_media, refuse_lost_links
 from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
-from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files
+from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files, metadata_files
 from mirrortune.data.files.tables import joined, take_rows
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean, first_line
@@ -271,6 +271,9 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         splits, remarks = _class_folders(folder)
         paths = {name: (split.folder or folder, split.table.column(0).to_pylist()) for name, split in splits.items()}
         hashes = {name: names_and_sizes_sha256([at / f for f in found], found) for name, (at, found) in paths.items()}
+    for name, file in ({} if splits else metadata_files(folder)).items():
+        splits[name] = _read_files([file], str(file), file.parent, encoding)
+        hashes[str(file.relative_to(folder))], remarks = _file_sha256(file), ()
     if not splits:
         names = sorted(p.name for p in folder.iterdir() if not is_system(p.name))
         raise DataError(

@@ -72,6 +72,23 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
+def metadata_files(folder: Path) -> dict[str, Path]:
+    """Return by split the tables that name the files beside them, as ImageFolder and AudioFolder of ``datasets`` read
+    them: ``metadata.csv``, ``.jsonl`` or ``.parquet`` in the folder, or in its folders named as splits.
+    """
+    if (own := _metadata_in(folder)) is not None:
+        return {"train": own}
+    subs = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
+    named = {split: next((subs[n] for n in names if n in subs), None) for split, names in SPLIT_NAMES.items()}
+    found = {split: None if sub is None else _metadata_in(sub) for split, sub in named.items()}
+    return {split: path for split, path in found.items() if path is not None}
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    paths = (folder / f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _refuse_doubled(folder: Path, split: str, paths: list[Path]) -> None:
     """Raise a DataError for files that differ only in their format: in all likelihood, the same rows."""
     known: dict[str, Path] = {}

@@ -77,6 +77,21 @@ def test_links_to_what_is_not_there_are_refused(tmp_path: Path) -> None:
     assert read_loose_files(DataPlace.parse(str(tmp_path / "loose"))) is not None
 
 
+def test_a_table_of_metadata_names_the_files_beside_it(tmp_path: Path) -> None:
+    touch(tmp_path, "one/1.wav", "two/train/1.png", "two/Test/1.png")
+    (tmp_path / "one" / "metadata.csv").write_text("file_name,label\n1.wav,low\n")
+    (tmp_path / "two" / "train" / "metadata.jsonl").write_text('{"file_name": "1.png", "label": "red"}\n')
+    (tmp_path / "two" / "Test" / "metadata.csv").write_text("file_name,label\n1.png,blue\n")
+    (found,) = load_data(DataPlace.parse(str(tmp_path / "one"))).splits.items()
+    assert (found[0], found[1].folder, found[1].remarks) == ("train", tmp_path / "one", ())
+    data = load_data(DataPlace.parse(str(tmp_path / "two")))
+    assert {name: split.table.to_pylist() for name, split in data.splits.items()} == {
+        "train": [{"file_name": "1.png", "label": "red"}],
+        "test": [{"file_name": "1.png", "label": "blue"}],
+    }
+    assert data.splits["test"].folder == tmp_path / "two" / "Test"
+
+
 def test_what_systems_and_notebooks_leave_is_skipped_at_every_depth(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "cat/deep/er/2.png", *(f"cat/{name}" for name in SYSTEM), "__MACOSX/cat/1.png")
     touch(tmp_path, ".git/objects/1.png", ".ipynb_checkpoints/1.png", "Thumbs.db")
