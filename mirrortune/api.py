@@ -91,6 +91,7 @@ def attach(
         ConfigError: a name is unknown, the rank or pairs do not fit, or no layer matches.
     """
     check_unwrapped(model, "attach")
+    _check_has_values(model, "attach")
     asked = AdapterSpec(
         method=method,
         rank=_whole(rank),
@@ -201,6 +202,7 @@ def load_adapter(
     """
     check_unwrapped(model, "load_adapter")
     check_plain(model, "load_adapter")
+    _check_has_values(model, "load_adapter")
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     adapter = read_adapter(folder)
     names = class_fields(adapter)
@@ -297,6 +299,9 @@ def merge_adapter(
     Raises:
         VerificationError: the result is out of tolerance, and nothing is written; or base and adapter do not match.
     """
+    for name, given in (("base", base), ("adapter", adapter)):
+        if not (isinstance(given, str | os.PathLike) or (given is None and name == "base")):
+            raise ConfigError(name, f"got {type(given).__name__}", allowed="a folder or Hub id, whose files are read")
     folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), local_path(output_dir)
     if format not in ("hf", "lora", "gguf"):
         raise ConfigError("format", f"got {format!r}", allowed="hf, lora, gguf")
@@ -351,17 +356,24 @@ def _check_types(asked: AdapterSpec) -> None:
         ConfigError: types are wrong; it reports all of them.
     """
     rank, seed = asked.rank, asked.seed
-    is_rank = rank in (None, "full", "out") or (isinstance(rank, int) and not isinstance(rank, bool))
+    is_rank = rank in (None, "full", "out") or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0)
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
     checks = [
         ("method", isinstance(asked.method, str), "a text"),
-        ("rank", is_rank, "a whole number, 'full', 'out', or None"),
+        ("rank", is_rank, "a whole number above 0, 'full', 'out', or None"),
         ("pairing", isinstance(asked.pairing, str | list | tuple | dict | None), "a name, a list, a dict, or None"),
         ("seed", is_seed, "a whole number from 0 to 2**63 - 1"),
         ("split", isinstance(asked.split, dict), "a dict of parts by layer names, or None"),
     ]
     if errors := [ConfigError(key, f"got {getattr(asked, key)!r}", allowed=a) for key, ok, a in checks if not ok]:
         raise ConfigError.several(errors)
+
+
+def _check_has_values(model: nn.Module, where: str) -> None:
+    """Raise a ConfigError for a model on the meta device; of one that is offloaded, a few parameters may be there."""
+    if {parameter.is_meta for parameter in model.parameters()} == {True}:
+        fix = "Load them first, as from_pretrained does"
+        raise ConfigError(where, "the model is on the meta device, its weights have no values", fix=fix)
 
 
 def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:

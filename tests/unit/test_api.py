@@ -395,6 +395,7 @@ def test_lists_and_single_texts_mean_the_same() -> None:
         ({"rank": "8"}, "rank: got '8'. Allowed: a whole number"),
         ({"rank": True}, "rank: got True"),
         ({"rank": 4.0}, "rank: got 4.0"),
+        ({"rank": -1}, "rank: got -1. Allowed: a whole number above 0"),
         ({"seed": -1}, "seed: got -1"),
         ({"seed": "1"}, "seed: got '1'"),
         ({"method": None}, "method: got None"),
@@ -431,6 +432,11 @@ def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
         mirrortune.save_adapter(mirrortune.attach(tiny_bert()), tmp_path / "a", form="portabel")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rank: got '8'"):
         mirrortune.merge_adapter(None, tmp_path, tmp_path / "m", format="lora", rank="8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="base: got BertForSequenceClassification"):
+        mirrortune.merge_adapter(tiny_bert(), tmp_path, tmp_path / "m")  # type: ignore[arg-type]
+    for call in (mirrortune.attach, lambda model: mirrortune.load_adapter(model, tmp_path / "a")):
+        with pytest.raises(ConfigError, match="the model is on the meta device"):
+            call(tiny_bert().to("meta"))
     for wrong in ("Trainer", nn.Module, object.__new__(Trainer)):
         with pytest.raises(ConfigError, match="trainer_class: got"):
             mirrortune.adapter_trainer(wrong)  # type: ignore[arg-type]
