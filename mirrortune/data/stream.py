@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -199,6 +200,9 @@ def _hub_errors(name: str) -> Iterator[None]:
 @contextmanager
 def _file_errors(source: str, fix: str) -> Iterator[None]:
     """Raise the exceptions of file readers as a DataError at ``source``, also pandas' warning that it drops cells."""
+    logger = logging.getLogger("datasets")  # logs what it then raises
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Length of header or names does not match length of data")
@@ -213,3 +217,5 @@ def _file_errors(source: str, fix: str) -> Iterator[None]:
         # datasets wraps the cause in errors that say only that something failed.
         reason = error.__cause__ or error
         raise DataError(source, f"a row or file cannot be read ({first_line(reason)})", fix=fix) from error
+    finally:
+        logger.setLevel(level)
