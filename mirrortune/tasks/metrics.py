@@ -344,18 +344,9 @@ METRICS: dict[str, Metric] = {
     "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
     "matthews_correlation": Metric(compute=_matthews, targets=("class", "choice"), fast=_matthews_of_counts),
     "mcc": Metric(compute=_matthews, targets=("class", "choice"), fast=_matthews_of_counts),
-    "roc_auc": Metric(
-        compute=_roc_auc,
-        targets=("class", "labels"),
-        takes_probabilities=True,
-        fast=_roc_auc_by_pairs,
-    ),
+    "roc_auc": Metric(compute=_roc_auc, targets=("class", "labels"), takes_probabilities=True, fast=_roc_auc_by_pairs),
     "log_loss": Metric(
-        compute=_log_loss,
-        higher_is_better=False,
-        is_share=False,
-        takes_probabilities=True,
-        fast=_log_loss_by_row,
+        compute=_log_loss, higher_is_better=False, is_share=False, takes_probabilities=True, fast=_log_loss_by_row
     ),
     "pearson": Metric(compute=partial(_correlation, name="pearsonr"), targets=("number",)),
     "spearmanr": Metric(compute=partial(_correlation, name="spearmanr"), targets=("number",)),
@@ -375,9 +366,7 @@ METRICS: dict[str, Metric] = {
     },
     "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",), by_row=_tags_by_row, of_rows=_share),
     "exact_match": Metric(
-        compute=_exact_match,
-        targets=("answers", "written"),
-        by_row=partial(_best_answers, compare=_exact),
+        compute=_exact_match, targets=("answers", "written"), by_row=partial(_best_answers, compare=_exact)
     ),
     "squad_f1": Metric(
         compute=partial(_best_answer, compare=_overlap),
