@@ -298,7 +298,6 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
-    refuse_lost_links(folder, folder.iterdir() if parts else ())
     found: dict[str, ClassFolder] = {}
     remarks: list[str] = []
     for name, part in (parts or {"train": folder}).items():
@@ -312,6 +311,8 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
             whole = class_folder(folder)
             note = f"'{part.name}' is read as a class, not as a split, as it holds no folders"
             found, parts, remarks = {"train": whole}, {}, [note, *whole.remarks]
+    if parts and any(own.table is not None for own in found.values()):
+        refuse_lost_links(folder, folder.iterdir())
     others = sorted(p.name for p in subs.values() if parts and p not in parts.values())
     remarks += [f"left out, as they are not splits: {', '.join(others)}"] if others else []
     tables = {n: (parts.get(n, folder), c.table) for n, c in found.items() if c.table is not None}

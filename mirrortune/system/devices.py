@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -207,7 +206,7 @@ def wrap_calls(module: nn.Module, around: Callable[..., Any]) -> None:
     plain = type(module)
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return around(self, MethodType(plain.__call__, self), *args, **kwargs)
+        return around(self, functools.partial(plain.__call__, self), *args, **kwargs)
 
     change_class(module, functools.partial(wrap_calls, around=around), {"__call__": __call__})
 

@@ -33,7 +33,13 @@ from mirrortune.training.neftune import add_noise
 from mirrortune.training.optim import averaged_weights, build_optimizer
 from mirrortune.training.schedules import lr_factor, whole_steps
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
-from mirrortune.training.snapshots import FrozenBuffers, Snapshots, random_states_kept
+from mirrortune.training.snapshots import (
+    FrozenBuffers,
+    Snapshots,
+    random_states_kept,
+    random_tensors,
+    restore_random,
+)
 from mirrortune.training.step import Stepper, StepResult, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
@@ -192,12 +198,11 @@ class Trainer:
                 self.clock.start()
                 # Skipped steps do not advance the schedule.
                 factor = self._lr_factor(state.global_step - state.skipped_steps)
-                place = self.feed.place
+                undo = self._undo()
                 try:
                     done = self.stepper.step(state.global_step + 1, micro_batches, factor)
                 except (DataError, HubError) as error:
-                    if place is not None:  # otherwise that of the unfinished step
-                        self.feed.place = place
+                    undo()
                     self._save_before_failure(error)
                     raise
                 self.frozen.restore()
@@ -290,6 +295,27 @@ class Trainer:
             step=step,
         )
         raise sync.told_once(self.accelerator, error)
+
+    def _undo(self) -> Callable[[], None]:
+        """Return a function that takes back what an unfinished step has moved: the place in the rows, their counts and,
+        if it has run some of its micro-batches, random states and running statistics.
+        """
+        feed, is_alone = self.feed, self.stepper.num_micro == 1
+        place, counts = feed.place, (feed.num_tokens, feed.num_positions)
+        drawn = {} if is_alone else random_tensors()
+        buffers = [] if is_alone else list(trained_buffers(self.bare_model).values())
+        values = [buffer.clone() for buffer in buffers]
+
+        def undo() -> None:
+            feed.num_tokens, feed.num_positions = counts
+            if place is not None:
+                feed.place = place
+            if drawn:
+                restore_random(drawn)
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+        return undo
 
     def _save_before_failure(self, error: MirrortuneError) -> None:
         """Save the last complete step when the rows after it cannot be read, and name the checkpoint in the message.

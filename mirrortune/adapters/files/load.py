@@ -215,7 +215,7 @@ def _other_frozen(adapter: AdapterFile, found: str | None) -> VerificationError 
 def _raise_or_warn(adapter: AdapterFile, problem: VerificationError) -> None:
     if adapter.task is not None:
         raise problem
-    warnings.warn(f"{problem} Expected only where the base initialises unused weights at random", stacklevel=5)
+    warnings.warn(f"{problem} Expected only where the base initialises unused weights at random", stacklevel=6)
 
 
 def _attach_cores(

@@ -63,15 +63,20 @@ def test_links_to_what_is_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in/train/cat/deep").mkdir()
     for name in ("in/train/cat/.2.png", "in/train/cat/2.txt", "loose/2.txt", *lost):  # the first ones are no rows
         (tmp_path / name).symlink_to("/annex/2.png")
-    for folder, said in (
-        ("in", "1 link to what is not there: validation. Fetch"),
-        ("in/train", r"2 links to what is not there: cat/deep/2\.png, red\. Fetch the files"),
-    ):
-        with pytest.raises(DataError, match=said):
-            load_data(DataPlace.parse(str(tmp_path / folder)))
+    with pytest.raises(DataError, match=r"2 links to what is not there: cat/deep/2\.png, red\. Fetch the files"):
+        load_data(DataPlace.parse(str(tmp_path / "in")))
+    for name in lost[:2]:
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"1 link to what is not there: validation\. Fetch"):
+        load_data(DataPlace.parse(str(tmp_path / "in")))
     with pytest.raises(DataError, match=r"loose: 1 link to what is not there: 2\.png"):
         read_loose_files(DataPlace.parse(str(tmp_path / "loose")))
-    for name in lost:
+    touch(tmp_path, "texts/train/note")
+    (tmp_path / "texts/latest").symlink_to("/annex/2")
+    with pytest.raises(DataError, match="texts") as caught:  # for another reason: it is no folder of images
+        load_data(DataPlace.parse(str(tmp_path / "texts")))
+    assert "not there" not in str(caught.value)
+    for name in lost[2:]:
         (tmp_path / name).unlink()
     assert load_data(DataPlace.parse(str(tmp_path / "in"))).splits["train"].table.num_rows == 2
     assert read_loose_files(DataPlace.parse(str(tmp_path / "loose"))) is not None

@@ -26,7 +26,7 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.examples import TokenExamples
-from mirrortune.data.loader import StreamedExamples
+from mirrortune.data.loader import StreamedExamples, epoch_batches, micro_batches
 from mirrortune.data.row_stream import Place
 from mirrortune.errors import ConfigError, DataError, DivergedError, HubError, InterruptedRun, VerificationError
 from mirrortune.system.run_directory import RunDirectory
@@ -367,6 +367,39 @@ def test_rows_of_a_stream_that_cannot_be_read_lose_no_step(tmp_path: Path, num_w
     place = tmp_path / "run/checkpoints/step-000006"
     advice = f"Try again. Step 6 is saved in {place}: continue with the same command and --resume."
     assert str(caught.value).endswith(advice)
+    again = trainer("run", fresh=False)
+    again.resume()
+    again.fit()
+    torch.manual_seed(0)
+    trainer("whole").fit()
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_row_that_fails_in_the_middle_of_a_step_leaves_the_last_step_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """The second of the two micro-batches of step 4 fails once."""
+    rows, plain, fails = sentences(48, 0), TokenExamples.batch, [True]
+
+    def trainer(name: str, *, fresh: bool = True) -> Trainer:
+        settings = {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6, "num_workers": num_workers}
+        adapted = adapt(model=tiny_bert(dropout=0.3), trained=None)
+        return make_trainer(tmp_path / name, adapted=adapted, train=rows, fresh=fresh, keep=9, **settings)
+
+    batches = epoch_batches(rows.lengths, 8, trainer("probe").feed.seed, 0, None, None)
+    parts = [p for b in batches for p in micro_batches(b, rows.lengths, num_micro=2, num_ranks=1, rank=0)]
+
+    def batch(self: TokenExamples, numbers: Any, *rest: Any, **more: Any) -> Any:
+        if self is rows and fails and [*map(int, numbers)] == [*map(int, parts[7])]:
+            fails.clear()
+            raise DataError("cat.png", "cannot be read")
+        return plain(self, numbers, *rest, **more)
+
+    monkeypatch.setattr(TokenExamples, "batch", batch)
+    torch.manual_seed(0)
+    with pytest.raises(DataError, match="Step 3 is saved"):
+        trainer("run").fit()
     again = trainer("run", fresh=False)
     again.resume()
     again.fit()
