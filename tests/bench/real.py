@@ -15,7 +15,7 @@ rate by the score of its first seed: the rate that a larger comparison has chose
 (``tests/bench/results``), or three times it, since short runs want higher ones. (Not by the loss: it is as low at 1e-1
 as at 3e-2 for mirror on TREC, where the accuracy is lower.) The other texts take the rate that TREC has chosen (other
 pairs that of mirror pairs, so that nothing but the pairs differs), images the rate of Fashion-MNIST's comparison, which
-has runs as short: their rows choose nothing but, for some, the epoch of the checkpoint. The data is that of
+has runs as short, or of a choice between it and a lower one (``tests/bench/results/image-rates``). The data is that of
 ``tests/bench/real_hub.py``; MiniLM-L6 comes from a package, DINOv2-small from ``tests/bench/assets.py``.
 """
 
@@ -117,7 +117,8 @@ def kept_rates(task: Task) -> dict[str, float]:
 
     Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, rotations in radians (the
     published unit) that of the same pairs in units of movement, mirror-scale and LoRA-SB their defaults; full
-    fine-tuning of DINOv2-small takes that of MiniLM-L6.
+    fine-tuning of DINOv2-small takes that of MiniLM-L6. On images, some methods have chosen between two rates by the
+    held-out halves of the three tasks (``tests/bench/results/image-rates``).
     """
     found: dict[str, float] = {}
     for name in ("movie-sentences",) if task.is_text else ("movie-sentences", "fashion-mnist"):
@@ -127,7 +128,10 @@ def kept_rates(task: Task) -> dict[str, float]:
     found["adaptive:scale_top_k=all"] = found["mirror:scale_top_k=all"]
     found |= {f"{pairing}:unit=angle": found[pairing] for pairing in ("mirror", "neighbor", "random")}
     kind = "text-classification" if task.is_text else "image-classification"
-    return {**found, **{name: preset(name).default_lr(kind) for name in ("mirror-scale", "lora-sb")}}
+    found |= {name: preset(name).default_lr(kind) for name in ("mirror-scale", "lora-sb")}
+    if not task.is_text:
+        found |= json.loads((RESULTS / "image-rates" / "results.json").read_text(encoding="utf-8"))["chosen"]
+    return found
 
 
 def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from mirrortune.compare.grid import lr_folder, slug
+from tests.bench.real_report import SEEDS
 
 Found = dict[str, dict[str, Any]]
 CONTRASTS = (
@@ -46,7 +47,7 @@ def contrasts(found: Found) -> str:
              "|" + "---|" * (len(found) + 4)]  # fmt: skip
     for first, second in CONTRASTS:
         by_task = [gaps(task, first, second) for task in found.values()]
-        means = [fmean(own) for own in by_task if own]
+        means = [fmean(own) for own in by_task if len(own) >= SEEDS]
         if not means:
             continue
         cells = [f"{fmean(own):+.1f} ({len(own)})" if own else "" for own in by_task]
@@ -57,9 +58,9 @@ def contrasts(found: Found) -> str:
             low, high = tested.confidence_interval()
             mean, p = f"{mean} [{low:+.1f}, {high:+.1f}]", f"{tested.pvalue:.2g}"
         lines.append(f"| `{first}` - `{second}` | {' | '.join(cells)} | {ahead} | {mean} | {p} |")
-    lines += ["", "Differences of scores, times 100, between runs of equal task and seed; (n) seeds. Mean of tasks: "
-              "with three tasks or more, its 95% interval and a two-sided t-test over the means of tasks, not "
-              "corrected for the number of contrasts."]  # fmt: skip
+    lines += ["", "Differences of scores, times 100, between runs of equal task and seed; (n) seeds. Tasks with "
+              "fewer than three seeds do not count. Mean of tasks: with three tasks or more, its 95% interval and a "
+              "two-sided t-test over the means of tasks, not corrected for the number of contrasts."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

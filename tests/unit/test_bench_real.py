@@ -49,7 +49,7 @@ def test_every_method_tries_the_rate_that_a_kept_comparison_has_chosen(tmp_path:
     tried = {name: own[own.index("--methods") + 1] for name, own in words.items()}
 
     assert tried["trec"] == "mirror:lr=0.03/0.1,lora:rank=8:lr=0.001/0.003"
-    assert tried["flowers"] == "mirror:lr=0.03,lora:rank=8:lr=0.003", "images take those of their model's comparison"
+    assert tried["flowers"] == "mirror:lr=0.03,lora:rank=8:lr=0.001", "images take those of their model's comparisons"
     assert tried["rte"] == "mirror:lr=?,lora:rank=8:lr=?"
     assert "train.max_steps=160" not in words["trec"], "a GPU takes the recipe's own epochs"
     comparison(
@@ -106,16 +106,20 @@ def test_the_table_and_the_figures_are_of_the_runs_that_have_finished(tmp_path: 
 
 
 def test_contrasts_pair_the_runs_of_equal_task_and_seed() -> None:
-    methods = {"mirror": scored("mirror", 10, 0.8, 0.9, 0.85), "svft": scored("svft", 20, 0.85, 0.92)}
+    methods = {"mirror": scored("mirror", 10, 0.8, 0.9, 0.85), "svft": scored("svft", 20, 0.85, 0.92, 0.885)}
     task = {"splits": ["test"], "methods": methods}
     alone = {"splits": ["test"], "methods": {"mirror": methods["mirror"]}}
 
-    assert real_claims.gaps(task, "mirror", "svft") == pytest.approx([-5, -2])
+    assert real_claims.gaps(task, "mirror", "svft") == pytest.approx([-5, -2, -3.5])
     assert real_claims.gaps(alone, "mirror", "svft") == []
-    ahead = {"splits": ["test"], "methods": {**methods, "svft": scored("svft", 20, 0.78)}}
-    said = real_claims.contrasts({"one": task, "two": ahead, "three": alone, "four": task})
+    ahead = {"splits": ["test"], "methods": {**methods, "svft": scored("svft", 20, 0.78, 0.88, 0.83)}}
+    short = {"splits": ["test"], "methods": {**methods, "svft": scored("svft", 20, 0.1)}}
+    said = real_claims.contrasts({"one": task, "two": ahead, "three": alone, "four": task, "five": short})
     # Over tasks, not over seeds: means -3.5, +2 and -3.5; t = -1.667 / (3.175 / sqrt(3)), 2 degrees of freedom.
-    assert "| `mirror` - `svft` | -3.5 (2) | +2.0 (1) |  | -3.5 (2) | 1 of 3 | -1.7 [-9.6, +6.2] | 0.46 |" in said
+    assert (
+        "| `mirror` - `svft` | -3.5 (3) | +2.0 (3) |  | -3.5 (3) | +70.0 (1) | 1 of 3 | -1.7 [-9.6, +6.2] | 0.46 |"
+        in said
+    )
     assert "neighbor" not in said, "no task has it"
     assert "| 0 of 2 | -3.5 |  |" in real_claims.contrasts({"one": task, "two": task}), "two tasks are too few"
 
