@@ -117,11 +117,12 @@ class MergePlan:
 
     def other_values(self, adapter: AdapterFile) -> Iterator[Tensor]:
         """Yield the tensors of the base but the weights of adapted layers, as stored and in the dtype of training."""
+        trained_in = adapter.weights_in
         for name in self.stored.keys() - {name for names in adapter.weights.values() for name in names}:
-            value = value_of(self.stored[name])
+            value = value_of(self.stored[name], trained_in)
             yield value
-            if value.is_floating_point() and value.dtype != self.trained_in:
-                yield value.to(self.trained_in)
+            if value.is_floating_point() and value.dtype != trained_in:
+                yield value.to(trained_in)
 
     def value(self, name: str) -> Tensor:
         """Compute a tensor of the merged model, in float64 if an adapter changes it, else in its stored dtype."""

@@ -53,9 +53,9 @@ def write_causal(folder: Path, dtype: torch.dtype = torch.float32, shard: str = 
     return folder
 
 
-def adapt(base: Path, folder: Path, seed: int = 0, **options: Any) -> nn.Module:
+def adapt(base: Path, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A trained adapter of a language model."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     mirrortune.attach(model, **options)
     for index, layer in enumerate(spectral_layers(model).values()):
         train_a_little(layer.core, seed + index)
@@ -149,6 +149,13 @@ def test_adapters_of_one_base_change_different_weights(tmp_path: Path) -> None:
     assert both.passed
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other-order")
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), other.parameters(), strict=True))
+
+
+def test_adapters_trained_in_different_dtypes_find_their_base(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "one", dtype=torch.bfloat16, target_modules="q_proj")
+    adapt(base, tmp_path / "two", seed=9, target_modules="gate_proj")
+    merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")  # warns of no difference, which would fail
 
 
 def test_adapters_of_one_base_that_change_the_same_weights_are_refused(tmp_path: Path) -> None:
