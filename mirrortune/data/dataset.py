@@ -269,11 +269,14 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         remarks = files_left_out(folder)
     else:
         splits, remarks = _class_folders(folder)
+        if all(len(split.table.column("label").unique()) < 2 for split in splits.values()) and metadata_files(folder):
+            splits = {}  # a folder of files that the table beside it names, and no class
         paths = {name: (split.folder or folder, split.table.column(0).to_pylist()) for name, split in splits.items()}
         hashes = {name: names_and_sizes_sha256([at / f for f in found], found) for name, (at, found) in paths.items()}
     for name, file in ({} if splits else metadata_files(folder)).items():
         splits[name] = _read_files([file], str(file), file.parent, encoding)
-        hashes[str(file.relative_to(folder))], remarks = _file_sha256(file), ()
+        hashes[str(file.relative_to(folder))] = _file_sha256(file)
+        remarks = tuple(remark for remark in remarks if remark.partition(":")[0] in SPLIT_NAMES.keys() - {name})
     if not splits:
         names = sorted(p.name for p in folder.iterdir() if not is_system(p.name))
         raise DataError(

@@ -282,7 +282,8 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     merge, model, plan = _plan(merge, packed)
     shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)
     write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))  # checks the adapted weights
-    check_stored(merge.adapters[0], plan.other_values(merge.adapters[0]), merge.remarks)
+    if plan.turned is None:  # otherwise into other weights than those of training, on purpose
+        check_stored(merge.adapters[0], plan.other_values(merge.adapters[0]), merge.remarks)
     _save_configuration(folder, model, merge.source, plan)
     for processor in merge.processors:
         processor.save_pretrained(folder)

@@ -76,12 +76,11 @@ def metadata_files(folder: Path) -> dict[str, Path]:
     """Return by split the tables that name the files beside them, as ImageFolder and AudioFolder of ``datasets`` read
     them: ``metadata.csv``, ``.jsonl`` or ``.parquet`` in the folder, or in its folders named as splits.
     """
-    if (own := _metadata_in(folder)) is not None:
-        return {"train": own}
     subs = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     named = {split: next((subs[n] for n in names if n in subs), None) for split, names in SPLIT_NAMES.items()}
     found = {split: None if sub is None else _metadata_in(sub) for split, sub in named.items()}
-    return {split: path for split, path in found.items() if path is not None}
+    by_split = {split: path for split, path in found.items() if path is not None}
+    return by_split or ({} if (own := _metadata_in(folder)) is None else {"train": own})
 
 
 def _metadata_in(folder: Path) -> Path | None:

@@ -95,6 +95,16 @@ def test_a_table_of_metadata_names_the_files_beside_it(tmp_path: Path) -> None:
         "test": [{"file_name": "1.png", "label": "blue"}],
     }
     assert data.splits["test"].folder == tmp_path / "two" / "Test"
+    (tmp_path / "two" / "metadata.csv").write_text("file_name,label\ntrain/1.png,red\nTest/1.png,blue\n")
+    assert load_data(DataPlace.parse(str(tmp_path / "two"))).splits.keys() == {"train", "test"}
+    # One folder of files is no class if a table beside it names them; a split without a table is named.
+    touch(tmp_path, "three/wavs/1.wav", "three/wavs/2.wav", "four/train/1.png", "four/test/1.png")
+    (tmp_path / "three" / "metadata.csv").write_text("file_name,label\nwavs/1.wav,low\nwavs/2.wav,high\n")
+    (found,) = load_data(DataPlace.parse(str(tmp_path / "three"))).splits.values()
+    assert found.table.column("label").to_pylist() == ["low", "high"]
+    (tmp_path / "four" / "train" / "metadata.csv").write_text("file_name,label\n1.png,red\n")
+    (found,) = load_data(DataPlace.parse(str(tmp_path / "four"))).splits.values()
+    assert [remark.split(":")[0] for remark in found.remarks] == ["test"]
 
 
 def test_what_systems_and_notebooks_leave_is_skipped_at_every_depth(tmp_path: Path) -> None:
