@@ -248,7 +248,9 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
             is_16bit_compute=load.is_16bit_compute, keeps_weights=load.keeps_weights,
         )  # fmt: skip
     except MirrortuneError:
-        raise
+        if spec.preset.peft is None:
+            raise
+        return _guess(model, spec, load)  # a tuner that reads weights, such as shira; make_plan has tried it with zeros
     except Exception:  # noqa: BLE001  (model code that needs values: estimate from widths)
         return _guess(model, spec, load)
 

@@ -154,6 +154,15 @@ def test_a_model_that_needs_numbers_is_sized_by_its_widths() -> None:
     assert guessed.total > guessed.weights > 0
 
 
+@pytest.mark.parametrize("method", ["shira", "unilora"])
+def test_a_tuner_that_reads_weights_is_sized_by_its_widths(method: str) -> None:
+    batch = batch_of("bert")
+    load = Load(batch=batch, scored=batch, loss=loss, dtype=torch.float32, is_16bit_compute=False, device="cpu")
+    guessed = footprint(build("bert", "meta"), AdapterSpec(method=method, rank=4 if method == "shira" else None), load)
+    assert not guessed.is_counted
+    assert guessed.total > guessed.weights > 0
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_an_evaluation_takes_what_was_foreseen(family: str) -> None:
     """Of a language model: its logits once, and never a float32 copy of all of them."""

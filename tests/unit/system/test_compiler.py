@@ -13,6 +13,7 @@ from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.methods import CORES
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import factorize
+from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.compiler import check_compiler, compile_model
 from tests.cli.console import mirrortune, reviews, write_table
@@ -50,7 +51,10 @@ def test_a_model_that_is_cut_is_refused() -> None:
 def test_every_core_compiles_into_one_graph_with_the_same_gradients(core: str, rank: int | str) -> None:
     torch._dynamo.reset()
     model = tiny_bert()
-    adapt(model, AdapterSpec(method=core, rank=rank), factor_source=lambda n, w, r: factorize(w, r, name=n))
+    spec = AdapterSpec(method=core, rank=rank)
+    layers = find_targets(model, spec).layers if spec.basis == "gradient" else {}  # any basis will do
+    bases = {name: factorize(target.read(model), target.rank, name=name) for name, target in layers.items()}
+    adapt(model, spec, factor_source=lambda n, w, r: factorize(w, r, name=n), bases=bases)
     cores = [p for n, p in model.named_parameters() if p.requires_grad and ".core." in n]
     with torch.no_grad():
         for parameter in cores:
