@@ -144,7 +144,7 @@ def frozen_digests(model: nn.Module, left_out: Iterable[str]) -> str | None:
         if parameter.is_meta or not parameter.is_floating_point() or not is_whole(parameter):
             return None
         if id(parameter) not in excluded:
-            found.append(sampled_values(parameter))
+            found.append(short_digest(parameter))
     return "".join(sorted(found))
 
 
@@ -154,8 +154,8 @@ def num_lost(recorded: str, found: str) -> int:
     return (counts[0] - counts[1]).total()
 
 
-def sampled_values(weight: Tensor) -> str:
-    """Return 8 hexadecimal digits that identify the shape and up to 32,767 values of ``weight``, in any dtype."""
+def short_digest(weight: Tensor) -> str:
+    """Return a digest of 8 hexadecimal digits of the shape and up to 32,767 values of ``weight``, in any dtype."""
     return hashlib.sha256(f"{tuple(weight.shape)}:".encode() + _sampled(weight)).hexdigest()[:_SHORT]
 
 

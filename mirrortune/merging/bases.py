@@ -142,9 +142,7 @@ def load_unadapted(
     return model
 
 
-def as_computed_here(
-    model: nn.Module, adapter: AdapterFile, source: ModelSource
-) -> tuple[nn.Module, tuple[str, ...]]:  # fmt: skip
+def as_computed_here(model: nn.Module, adapter: AdapterFile, source: ModelSource) -> tuple[nn.Module, tuple[str, ...]]:
     """Convert the loaded base of an adapter to float32 if this machine is slow in 16 bits; return it with notes."""
     dtype = DTYPES[adapter.base["dtype"]]
     if source.is_quantised or dtype == torch.float32:

@@ -25,7 +25,7 @@ from mirrortune.adapters.fingerprint import (
     fingerprint,
     frozen_digests,
     num_lost,
-    sampled_values,
+    short_digest,
     try_align,
 )
 from mirrortune.adapters.inject import (
@@ -154,8 +154,7 @@ def load_into(
     """
     targets, book = stored_targets(model, adapter), FingerprintBook()
     remarks = book.remarks if force_base else None
-    check_frozen(adapter, trained_on or model, targets, remarks)
-    frozen = _frozen(model, targets)
+    frozen = check_frozen(adapter, trained_on or model, targets, remarks)
     if isinstance(adapter, PeftAdapterFile):
         if trained_on is not None:
             raise ConfigError(
@@ -176,29 +175,34 @@ def load_into(
     return book
 
 
-def check_frozen(adapter: AdapterFile, model: nn.Module, targets: Targets, remarks: list[str] | None = None) -> None:
+def check_frozen(
+    adapter: AdapterFile, model: nn.Module, targets: Targets, remarks: list[str] | None = None
+) -> str | None:
     """Check that the weights that the adapter neither adapts nor holds are those of its training.
 
     The model may have others besides. For an adapter saved in Python, a difference is only a warning: transformers
     initialises weights that a checkpoint lacks at random, and they need not have an effect.
 
+    Returns:
+        The digests of these weights in ``model``, None if they are not known.
+
     Raises:
         VerificationError: they are not, and ``remarks`` is None; it names an adapted layer if one of them differs too.
     """
-    problem = _other_frozen(adapter, _frozen(model, targets))
-    if problem is None:
-        return
-    if remarks is not None:
+    found = _frozen(model, targets)
+    problem = _other_frozen(adapter, found)
+    if problem is not None and remarks is not None:
         remarks.append(str(problem))
-        return
-    for name, target in targets.layers.items():
-        check_weight(adapter, name, target.read(model))
-    _raise_or_warn(adapter, problem)
+    elif problem is not None:
+        for name, target in targets.layers.items():
+            check_weight(adapter, name, target.read(model))
+        _raise_or_warn(adapter, problem)
+    return found
 
 
 def check_stored(adapter: AdapterFile, values: Iterable[Tensor], remarks: list[str] | None) -> None:
     """Check like :func:`check_frozen` that ``values`` include the weights that the adapter leaves as they are."""
-    found = "".join(map(sampled_values, values)) if adapter.frozen else ""
+    found = "".join(map(short_digest, values)) if adapter.frozen else ""
     if (problem := _other_frozen(adapter, found)) and remarks is not None:
         remarks.append(str(problem))
     elif problem:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ def test_adapters_trained_in_different_dtypes_find_their_base(tmp_path: Path) ->
     base = write_causal(tmp_path / "base")
     adapt(base, tmp_path / "one", dtype=torch.bfloat16, target_modules="q_proj")
     adapt(base, tmp_path / "two", seed=9, target_modules="gate_proj")
-    merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")  # warns of no difference, which would fail
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a base that differs
+        assert merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged").passed
 
 
 def test_adapters_of_one_base_that_change_the_same_weights_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -344,6 +344,16 @@ class Blocks:
             yield Place(row=number), pa.table({"number": [number]})
 
 
+def differs_when_resumed(trainer: Callable[..., Trainer], folder: Path) -> list[str]:
+    """Resume the broken run ``run``, and return in which files it then differs from an unbroken one."""
+    again = trainer("run", fresh=False)
+    again.resume()
+    again.fit()
+    torch.manual_seed(0)
+    trainer("whole").fit()
+    return differences(folder / "whole", folder / "run")
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_rows_of_a_stream_that_cannot_be_read_lose_no_step(tmp_path: Path, num_workers: int) -> None:
     """Each block is three steps of two micro-batches; the third block fails once."""
@@ -367,12 +377,7 @@ def test_rows_of_a_stream_that_cannot_be_read_lose_no_step(tmp_path: Path, num_w
     place = tmp_path / "run/checkpoints/step-000006"
     advice = f"Try again. Step 6 is saved in {place}: continue with the same command and --resume."
     assert str(caught.value).endswith(advice)
-    again = trainer("run", fresh=False)
-    again.resume()
-    again.fit()
-    torch.manual_seed(0)
-    trainer("whole").fit()
-    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    assert differs_when_resumed(trainer, tmp_path) == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -400,12 +405,7 @@ def test_a_row_that_fails_in_the_middle_of_a_step_leaves_the_last_step_as_it_was
     torch.manual_seed(0)
     with pytest.raises(DataError, match="Step 3 is saved"):
         trainer("run").fit()
-    again = trainer("run", fresh=False)
-    again.resume()
-    again.fit()
-    torch.manual_seed(0)
-    trainer("whole").fit()
-    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    assert differs_when_resumed(trainer, tmp_path) == []
 
 
 def test_validation_rows_that_cannot_be_read_lose_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
