@@ -14,6 +14,7 @@ import mirrortune
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import adapt, load_into
+from mirrortune.adapters.fingerprint import frozen_digests, num_lost
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import VerificationError
 from mirrortune.tasks.base import task_to_dict
@@ -54,7 +55,7 @@ def test_a_base_that_differs_in_other_weights_is_refused_and_left_as_it_is(
     with pytest.raises(VerificationError, match="differs in 1 weight that the adapter leaves as they are"):
         load_into(model, adapter, FactorCache())
     forced = load_into(model, adapter, FactorCache(), force_base=True)
-    assert len(forced.remarks) == 1  # norms begin as ones, which the base still has elsewhere
+    assert len(forced.remarks) == 1
     assert "leaves as they are" in forced.remarks[0]
     base = {"name": "tiny", "dtype": "float32"}
     write_adapter(tmp_path, model, forced.entries, base=base, task=None, extra={})
@@ -95,3 +96,14 @@ def test_a_base_may_have_weights_that_training_has_removed(tmp_path: Path) -> No
     base = {"name": "tiny", "dtype": "float32", "auto_class": "AutoModelForSequenceClassification"}
     write_adapter(tmp_path, model, book.entries, base=base, task=task_to_dict(classification()), extra={})
     assert load_into(tiny_bert(), read_adapter(tmp_path), FactorCache()).remarks == []
+
+
+def test_one_of_several_equal_weights_that_differs_is_counted() -> None:
+    model, other = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)), nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    with torch.no_grad():
+        other.get_parameter("1.weight").fill_(3)
+    recorded, found = frozen_digests(model, ()), frozen_digests(other, ())
+    assert recorded is not None
+    assert found is not None
+    assert num_lost(recorded, found) == 1
+    assert num_lost(recorded, recorded + found) == 0, "the base may have others besides"
