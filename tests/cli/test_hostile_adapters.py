@@ -346,7 +346,7 @@ def test_a_base_that_differs_in_frozen_weights_alone_is_refused_too(
     words = [desk / "compact", "--model", tmp_path / "updated"]
     refused = mirrortune("eval", *words, cache=desk / "cache")
     assert refused.exit_code == 5
-    assert "differs in 1 weight that the adapter leaves as they are" in refused.said
+    assert "differs in 1 of the weights that the adapter leaves as they are" in refused.said
     merge = ["merge", desk / "compact", "--base", tmp_path / "updated", "-o", tmp_path / "merged"]
     for size in (2**30, -1):  # large models are not loaded
         monkeypatch.setattr("mirrortune.merging.write.LARGE", size)

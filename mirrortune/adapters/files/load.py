@@ -43,7 +43,7 @@ from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy, loaded_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, find_targets
-from mirrortune.errors import ConfigError, VerificationError, counted
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.system.distributed.sharding import is_whole
 
 
@@ -212,7 +212,7 @@ def check_stored(adapter: AdapterFile, values: Iterable[Tensor], remarks: list[s
 def _other_frozen(adapter: AdapterFile, found: str | None) -> VerificationError | None:
     if adapter.frozen is None or found is None or not (count := num_lost(adapter.frozen, found)):
         return None
-    problem = f"the base differs in {counted(count, 'weight')} that the adapter leaves as they are"
+    problem = f"the base differs in {count:,} of the weights that the adapter leaves as they are"
     return _other_base(adapter, str(adapter.folder), problem)
 
 

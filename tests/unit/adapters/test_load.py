@@ -52,7 +52,7 @@ def test_a_base_that_differs_in_other_weights_is_refused_and_left_as_it_is(
     tmp_path: Path, method: str, name: str
 ) -> None:
     adapter, model = read_adapter(written(tmp_path / "adapter", method)), other_base(name)
-    with pytest.raises(VerificationError, match="differs in 1 weight that the adapter leaves as they are"):
+    with pytest.raises(VerificationError, match="differs in 1 of the weights that the adapter leaves as they are"):
         load_into(model, adapter, FactorCache())
     forced = load_into(model, adapter, FactorCache(), force_base=True)
     assert len(forced.remarks) == 1

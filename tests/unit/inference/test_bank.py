@@ -139,7 +139,7 @@ def test_adapters_of_another_base_are_refused(bert: Cases, llama: Cases, tmp_pat
         bank.add("other", tmp_path / "other")
     updated = copy.deepcopy(bert.base)
     updated.get_parameter("bert.encoder.layer.0.output.LayerNorm.weight").data += 1
-    with pytest.warns(UserWarning, match="differs in 1 weight that the adapter leaves as they are"):
+    with pytest.warns(UserWarning, match="differs in 1 of the weights that the adapter leaves as they are"):
         mirrortune.AdapterBank(updated).add("a", bert.folder / "a")
     headless = mirrortune.AdapterBank(copy.deepcopy(bert.base).get_submodule("bert"))
     with pytest.raises(VerificationError):
