@@ -47,6 +47,8 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     """Whether control flow depends on values of tensors, so that methods cannot be vectorised over cores."""
     default_lr: float = 3e-2
     """Learning rate of the method that has the name of this core; the default suits angles and relative scales."""
+    image_lr: float | None = None
+    """The same for image classification; None if it is ``default_lr``."""
     default_rank: int | Literal["full"] = "full"
     """Number of leading directions that this method uses."""
     rank_option: str | None = None

@@ -85,26 +85,26 @@ class Preset:
 
 
 def _peft(
-    kind: str, summary: str, *, lr: float, rank: int | None = None, alpha: str | None = None,
-    fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
+    kind: str, summary: str, *, lr: float, image_lr: float | None = None, rank: int | None = None,
+    alpha: str | None = None, fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
 ) -> Preset:  # fmt: skip
     """Build an entry for a PEFT tuner; ``rank`` is its default rank, or None for a tuner without a rank."""
     field_name = None if rank is None else "r"
     tuner = PeftTuner(kind=kind, rank=field_name, alpha=alpha, fixed=fixed or {}, defaults=defaults or {})
-    return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, summary=summary)
+    return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, image_lr=image_lr, summary=summary)
 
 
 _ALPHA = "lora_alpha"
 # Defaults are PEFT's, except for the rank, an alpha equal to it (a scale of 1; of sqrt(r) for rslora), and fields with
-# a comment. The learning rates of lora and road were the best of three in a prototype; each of the others follows the
-# most similar tuner.
+# a comment. The learning rates of lora and road were the best of three in a prototype, that of lora on images the
+# better of two on three sets (docs/results.md, "Rates on images"); the others follow the most similar tuner.
 # fmt: off
 _PEFT: dict[str, Preset] = {
-    "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
-    "rslora": _peft("LORA", "LoRA scaled by alpha / sqrt(r): by sqrt(r), as alpha is r by default", lr=3e-3, rank=8,
-                    alpha=_ALPHA, fixed={"use_rslora": True}),
-    "dora": _peft("LORA", "LoRA for the direction, a vector for the lengths", lr=3e-3, rank=8, alpha=_ALPHA,
-                  fixed={"use_dora": True}),
+    "lora": _peft("LORA", "B A beside each weight", lr=3e-3, image_lr=1e-3, rank=8, alpha=_ALPHA),
+    "rslora": _peft("LORA", "LoRA scaled by alpha / sqrt(r): by sqrt(r), as alpha is r by default", lr=3e-3,
+                    image_lr=1e-3, rank=8, alpha=_ALPHA, fixed={"use_rslora": True}),
+    "dora": _peft("LORA", "LoRA for the direction, a vector for the lengths", lr=3e-3, image_lr=1e-3, rank=8,
+                  alpha=_ALPHA, fixed={"use_dora": True}),
     "pissa": _peft("LORA", "LoRA that starts from the leading singular directions", lr=1e-3, rank=8, alpha=_ALPHA,
                    fixed={"init_lora_weights": "pissa"}),
     "gralora": _peft("GRALORA", "LoRA in blocks", lr=3e-3, rank=32, alpha="alpha"),
@@ -202,5 +202,5 @@ def preset(method: str, where: str = "adapter.method") -> Preset:
     summary = (inspect.getdoc(core) or method).splitlines()[0]
     return Preset(
         core=method, pairing=core.default_pairing, rank=core.default_rank, rank_option=core.rank_option,
-        lr=core.default_lr, summary=summary,
+        lr=core.default_lr, image_lr=core.image_lr, summary=summary,
     )  # fmt: skip

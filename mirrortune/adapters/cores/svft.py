@@ -33,6 +33,7 @@ class Svft(Core):
     rows: Tensor
     columns: Tensor
     default_lr = 3e-2
+    image_lr = 1e-2
 
     def __init__(
         self,

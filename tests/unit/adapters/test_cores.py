@@ -40,9 +40,11 @@ def test_a_cores_own_name_is_a_method() -> None:
     for name in CORES.names():
         found, core = preset(name), CORES.get(name, "test")
         assert (found.core, found.lr, found.rank) == (name, core.default_lr, core.default_rank)
+        assert found.default_lr("image-classification") == (core.image_lr or core.default_lr)
         assert found.plain == "none"
     assert (preset("psoft").rank, preset("lora-xs").rank, preset("scale").rank) == (46, 16, "full")
     assert (preset("svft").lr, preset("speclora").lr, preset("scale").lr) == (3e-2, 3e-3, 3e-2)
+    assert [preset(name).default_lr("image-classification") for name in ("svft", "lora")] == [1e-2, 1e-3]
     assert (preset("givens").pairing, preset("scale").pairing) == ("mirror", None)
     with pytest.raises(ConfigError, match=r"^adapter\.method: unknown method 'lora-x'\. Did you mean 'lora-xs'"):
         preset("lora-x")
