@@ -3,7 +3,8 @@
 
     python -m tests.bench.real FOLDER                        the next missing run of the plan, again and again
     python -m tests.bench.real FOLDER --device cuda          the same on a GPU, with the recipes' own epochs
-    python -m tests.bench.real FOLDER --only rte trec        some tasks
+    python -m tests.bench.real FOLDER --only rte trec        some tasks; --methods svft psoft: some methods
+    python -m tests.bench.real FOLDER --kept RESULTS.json    only what that report of earlier runs lacks, beside it
     python -m tests.bench.real FOLDER --list                 the plan: commands in order; ? is a rate yet to be chosen
     python -m tests.bench.real FOLDER --report -o OUTPUT     tables and figures of the finished runs
     python -m tests.bench.real FOLDER --report --spectra trec -o OUTPUT    with the spectra of one task's adapters
@@ -42,7 +43,7 @@ from tests.bench.assets import build
 from tests.bench.end_to_end import MODEL
 from tests.bench.real_claims import contrasts, spectra
 from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
-from tests.bench.real_report import write_report
+from tests.bench.real_report import Found, write_report
 from tests.hub_fixtures import client_env
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,7 @@ WAVES: tuple[tuple[str, ...], ...] = (
     ("mirror:unit=angle", "neighbor:unit=angle", "random:unit=angle"),
     ("scale", "lora:rank=1", "road", "lora-xs", "full", "mirror:scale_top_k=all"),
 )
+ORDER = tuple(method for wave in WAVES for method in wave)
 _SHORT = ("train.max_steps=160", "eval.before=false")
 _WHOLE = ("eval.protocol=dev-best", "eval.report_splits=[validation]", "train.eval_every_steps=100000")
 """For tasks whose test labels are not public: nothing is chosen, since the model is scored once, after the last step,
@@ -134,7 +136,7 @@ def kept_rates(task: Task) -> dict[str, float]:
     return found
 
 
-def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:
+def rates(name: str, methods: Sequence[str], folder: Path, earlier: Found) -> dict[str, str]:
     """Return the learning rates that each method tries on a task: two on one that chooses, the chosen one on others."""
     task = TASKS[name]
     kept = kept_rates(task)
@@ -144,7 +146,8 @@ def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:
         return {method: f"{kept[method]:g}/{step_from(kept[method], 1):g}" for method in methods}
     file = folder / task.tuned_on / "results.json"
     own = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task.tuned_on].recipe] if file.is_file() else {}
-    chosen = {_plain(label): f"{found['lr']:g}" for label, found in own.get("methods", {}).items() if found["lr"]}
+    both = {**own.get("methods", {}), **earlier.get(task.tuned_on, {}).get("methods", {})}
+    chosen = {_plain(label): f"{found['lr']:g}" for label, found in both.items() if found["lr"]}
     return {method: chosen.get(_with_mirror_pairs(method), "?") for method in methods}
 
 
@@ -156,12 +159,19 @@ def _with_mirror_pairs(method: str) -> str:
 def command(name: str, methods: Sequence[str], folder: Path, options: argparse.Namespace) -> list[str]:
     """Return the words of a comparison after ``mirrortune``."""
     task = TASKS[name]
-    tried = rates(name, methods, folder)
+    tried = rates(name, methods, folder, options.earlier)
     model = MODEL if task.is_text else str((options.assets or folder / "assets") / VISION)
     words = [*task.words, *(task.cpu if options.device == "cpu" else ())]
     return ["compare", task.recipe, *words, "-m", model, "--seeds", str(options.seeds), "--choose-by", "score",
             "--methods", ",".join(f"{method}:lr={tried[method]}" for method in methods), "--extensions", "0",
             "-o", str(folder / name)]  # fmt: skip
+
+
+def missing(name: str, methods: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Return those of the methods that are asked for and that the report of earlier runs has not finished."""
+    finished = {label for label, own in options.earlier.get(name, {}).get("methods", {}).items()
+                if len(own["seeds"]) >= options.seeds}  # fmt: skip
+    return [method for method in methods if method in (options.methods or methods) and method not in finished]
 
 
 def environment(endpoint: str, folder: Path, device: str) -> dict[str, str]:
@@ -176,7 +186,10 @@ def run(options: argparse.Namespace, source: Path) -> None:
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     with real_hub(source) as hub:
-        for name, methods in plan(options.only):
+        for name, planned in plan(options.only):
+            methods = missing(name, planned, options)
+            if not methods:
+                continue
             if not TASKS[name].is_text and options.assets is None:
                 build(folder / "assets", [VISION])
             words = command(name, methods, folder, options)
@@ -196,12 +209,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")
+    parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD")
+    parser.add_argument("--kept", type=Path, metavar="RESULTS", help="results.json of earlier runs that are gone")
     parser.add_argument("--list", action="store_true", help="print the plan")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--spectra", choices=TASKS, metavar="TASK", help="with --report: analyze its adapters too")
     parser.add_argument("-o", "--output", type=Path, help="folder of the tables and figures; FOLDER/report by default")
     options = parser.parse_args(words)
     options.folder = options.folder.absolute()
+    options.earlier = json.loads(options.kept.read_text(encoding="utf-8")) if options.kept else {}
     return options
 
 
@@ -210,17 +226,18 @@ def main() -> None:
     options = parse()
     folder: Path = options.folder
     if options.list:
-        for name, methods in plan(options.only):
-            sys.stdout.write(f"mirrortune {' '.join(command(name, methods, folder, options))}\n")
+        for name, planned in plan(options.only):
+            if methods := missing(name, planned, options):
+                sys.stdout.write(f"mirrortune {' '.join(command(name, methods, folder, options))}\n")
         return
     output = options.output or folder / "report"
     files = {name: folder / name / "results.json" for name in TASKS}
     if options.report:
         for name, task in TASKS.items():
-            known = rates(name, [method for wave in WAVES for method in wave], folder)
+            known = rates(name, missing(name, ORDER, options), folder, options.earlier)
             methods = [method for method, tried in known.items() if tried != "?"]
             refresh(folder / name, task.recipe, command(name, methods, folder, options))
-        report(files, folder, output, options.spectra)
+        report(files, folder, output, options.earlier, analysed=options.spectra)
         return
     source = data_folder(options.data)
     if source is None:
@@ -233,7 +250,7 @@ def main() -> None:
     try:
         run(options, source)
     finally:
-        report(files, folder, output)
+        report(files, folder, output, options.earlier)
 
 
 def refresh(root: Path, task: str, words: Sequence[str]) -> None:
@@ -255,15 +272,37 @@ def refresh(root: Path, task: str, words: Sequence[str]) -> None:
     write_comparison(comparison, f"mirrortune {shlex.join(words)}")
 
 
-def report(files: dict[str, Path], folder: Path, output: Path, analysed: str | None = None) -> None:
+def report(files: dict[str, Path], folder: Path, output: Path, earlier: Found, *, analysed: str | None = None) -> None:
     """Write the tables and figures of what has finished, beside the kept comparisons of the same models."""
-    found = read(files)
+    found = merge(earlier, read(files))
     if not found:
         return
     write_report(found, folder, output)
     (output / "contrasts.md").write_text(contrasts({**found, **kept_comparisons()}), encoding="utf-8")
     if analysed in found:
         (output / "spectra.md").write_text(spectra(found, folder, analysed), encoding="utf-8")
+
+
+def merge(earlier: Found, found: Found) -> Found:
+    """Return the tasks of an earlier report with the methods that have finished since, in the order of the plan.
+
+    The tests are those of the earlier report: to test a new method against the reference needs the answers of both to
+    every row, and those of the earlier runs are gone.
+    """
+    merged: Found = {}
+    for name in TASKS:
+        old, new = earlier.get(name), found.get(name)
+        if old is None or new is None:
+            if own := old or new:
+                merged[name] = own
+            continue
+        every = {**new["methods"]}
+        for label, own in old["methods"].items():
+            if label not in every or len(own["seeds"]) >= len(every[label]["seeds"]):
+                every[label] = own
+        places = {label: ORDER.index(label) if label in ORDER else len(ORDER) for label in every}
+        merged[name] = {**old, "methods": {label: every[label] for label in sorted(every, key=places.__getitem__)}}
+    return merged
 
 
 def kept_comparisons() -> dict[str, dict[str, Any]]:
