@@ -147,7 +147,7 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
     def in_float64(self) -> Core:
         """Return a copy in float64 on the CPU."""
-        return copy.deepcopy(self).to(device="cpu", dtype=torch.float64)
+        return copy.deepcopy(self).cpu().double()  # in this order: an Apple GPU has no float64
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:  # noqa: FBT001, FBT002  (torch's signature)
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.svd import Factors
+from mirrortune.system.devices import float64_device
 
 NUM_PROBES = 16
 # Relative to the norm of the change. The documented bound is 1e-4 (2e-6 for stored factors); to pass, a larger error
@@ -70,7 +71,7 @@ def _products(probes: Tensor, vectors: Tensor) -> Tensor:
 
     In float32, whose sums depend on the machine, products of thousands of rows are wrong by 1e-6, in TF32 by 6e-4.
     """
-    device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device  # MPS has no float64
+    device = float64_device(vectors.device)
     rows = max(1, _BLOCK * vectors.shape[-2] // max(1, vectors.numel()))
     found = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, vectors.shape[-2], rows):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import VerificationError
+from mirrortune.system.devices import to_float64
 from mirrortune.system.distributed.sharding import is_whole
 
 # Largest difference of |p^T u| between a repaired basis and the stored sketch; p has unit-variance entries, so this
@@ -268,7 +269,7 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
 
 def _clusters(factors: Factors) -> Clusters:
     """Return the clusters of near-equal singular values that can be repaired, and single vectors of value zero."""
-    S = factors.S.double().cpu()
+    S = factors.S.cpu().double()
     limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # the complement of a basis follows from it
     largest = float(S[0])
     return tuple(
@@ -294,7 +295,7 @@ def redrawn(factors: Factors) -> Factors | None:
     directions (if it has three values or more, because two may be a coincidence).
     """
     gap = max(_CLUSTER_GAP, 2 * torch.finfo(factors.S.dtype).eps)  # layers hold theirs rounded
-    S = factors.S.double().cpu()
+    S = factors.S.cpu().double()
     full = min(factors.U.shape[0], factors.Vh.shape[1])
     runs = [
         (start, stop)
@@ -303,7 +304,7 @@ def redrawn(factors: Factors) -> Factors | None:
     ]
     if not runs:
         return None
-    U, Vh = factors.U.to(torch.float64, copy=True), factors.Vh.to(torch.float64, copy=True)
+    U, Vh = to_float64(factors.U).clone(), to_float64(factors.Vh).clone()
     for start, stop in runs:
         turns = [_random_turn(stop - start, seed).to(U) for seed in (0, 1)]
         is_null = float(S[stop - 1]) <= _NULL * float(S[0])

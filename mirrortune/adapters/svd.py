@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.system.devices import float64_device, to_float64
 
 # Bound on ||A v - s u|| and ||A^T u - s v|| of each triplet, relative to the largest singular value. It holds for every
 # triplet, whereas a simple randomised decomposition is accurate on average and inaccurate for single triplets.
@@ -256,7 +257,9 @@ class Factors:
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return the factors on ``device`` in ``dtype``."""
-        return Factors(U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype))
+        # Converted on the CPU where one side is an Apple GPU, which has no float64.
+        first, then = (device, dtype) if device.type == "cpu" else (dtype, device)
+        return Factors(U=self.U.to(first).to(then), S=self.S.to(first).to(then), Vh=self.Vh.to(first).to(then))
 
 
 def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
@@ -295,8 +298,8 @@ def factorize(
         device: device to compute on; the device of ``weight`` is used if this one cannot reach the same accuracy.
 
     Returns:
-        Factors in float64 on the device of ``weight`` with canonical signs: the largest entry of each column of U is
-        positive. Columns of U beyond min(O, I) are those of :func:`complement`.
+        Factors in float64 on the device of ``weight``, or on the CPU if it has no float64. Signs are canonical: the
+        largest entry of each column of U is positive. Columns of U beyond min(O, I) are those of :func:`complement`.
 
     Raises:
         DataError: the weight contains NaN or infinity, or cannot be decomposed.
@@ -307,7 +310,7 @@ def factorize(
         return Factors.stacked(each)
     shape = (weight.shape[0], weight.shape[1])
     kept = resolve_rank("out" if rank == shape[0] else rank, shape, name)
-    matrix = weight.detach().to(torch.float64)
+    matrix = to_float64(weight.detach())
     check_finite(name, matrix)
     found = None if device is None else decompose_on(device, matrix, min(kept, *shape), name)
     U, S, Vh = found or decompose(matrix, kept, name)
@@ -360,7 +363,7 @@ def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
     if tuple(tuple(part.shape) for part in (factors.U, factors.S, factors.Vh)) != shapes:
         return False
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    W = weight.to(dtype)
+    W = weight.to(float64_device(weight.device)).to(dtype)
     U, S, Vh = (part.to(W.device, dtype) for part in (factors.U, factors.S, factors.Vh))
     if not bool((S >= 0).all()) or not bool((S.diff() <= 0).all()) or bool(Vh[..., smaller:, :].any()):
         return False

@@ -27,6 +27,7 @@ from mirrortune.merging.bases import is_model_class
 from mirrortune.merging.verify import FLOATS
 from mirrortune.models.load import DTYPES, ModelSource, load_model, resolve_dtype
 from mirrortune.models.tensors import match_names
+from mirrortune.system.devices import to_float64
 from mirrortune.system.tensor_files import StoredTensor, read_headers, read_tensor
 
 
@@ -170,7 +171,7 @@ class AdaptedWeights(Weights):
             unknown = torch.ones(*stack, stored.rank)  # placeholder: angles do not depend on singular values
             angles = stored_core(self.adapter, layer, unknown).angles()
             if angles is not None:
-                found.append(angles.detach().double().rad2deg().flatten())
+                found.append(to_float64(angles.detach()).rad2deg().flatten())
         return torch.cat(found).tolist() if found else None
 
 

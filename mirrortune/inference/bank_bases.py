@@ -32,6 +32,7 @@ from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target
+from mirrortune.system.devices import to_float64
 
 # Two unit vectors whose entries differ by at most this, a few float32 rounding errors, count as equal.
 _SAME = 5e-7
@@ -214,7 +215,7 @@ def _signs_between(held: Held, factors: Factors, cast: Factors, tolerance: float
     common = min(held.rank, factors.rank)
     own = held.leading(common)
     U, Vh = cast.U[:, :common], cast.Vh[:common]
-    signs = torch.where((own.U.double() * U.double()).sum(dim=0) < 0, -1.0, 1.0).to(U)
+    signs = torch.where((to_float64(own.U) * to_float64(U)).sum(dim=0) < 0, -1.0, 1.0).to(U)
     apart = [(own.U * signs - U).abs().max(), (own.Vh * signs[:, None] - Vh).abs().max()]
     S = factors.S[:common].cpu()
     apart.append(((held.S[:common] - S).abs().max() / S[0].clamp_min(torch.finfo(S.dtype).tiny)).to(apart[0]))

@@ -23,7 +23,7 @@ from mirrortune.adapters.inject import spectral_layers
 from mirrortune.data.examples import Examples
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
-from mirrortune.system.devices import memory_bytes
+from mirrortune.system.devices import memory_bytes, to_float64
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import ComparesRows
@@ -135,7 +135,7 @@ def recording(
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the plane angles of each layer's core in degrees, (T,) or (E, T); empty if no core has planes."""
     found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
-    return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
+    return {n: to_float64(a.detach()).rad2deg() for n, a in found.items() if a is not None and a.numel()}
 
 
 def record_validation(

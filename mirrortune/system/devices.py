@@ -28,6 +28,16 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return ``device``, or the CPU if it is an Apple GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in float64 on its device, or on the CPU if its device has no float64."""
+    return tensor.to(float64_device(tensor.device)).double()
+
+
 def resolve_precision(asked: str) -> str:
     """Return ``fp32``, ``bf16`` or ``fp16`` for ``train.precision``.
 

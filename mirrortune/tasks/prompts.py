@@ -21,6 +21,7 @@ from mirrortune.data.files.arrow import cells
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.token_cache import ragged
 from mirrortune.errors import DataError
+from mirrortune.system.devices import to_float64
 from mirrortune.tasks.predicting import Predictions, PredictOptions
 
 Around = Callable[[Rows, int], AbstractContextManager[None]]
@@ -141,7 +142,7 @@ class RowSampler(LogitsProcessor):
     @override
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Draw a token from the softmax of ``scores`` (B, V), and return them with minus infinity for all others."""
-        shares = (scores.double() / self._temperature).softmax(dim=-1)
+        shares = (to_float64(scores) / self._temperature).softmax(dim=-1)
         order: Tensor | None = None
         if self._top_p < 1:
             shares, order = shares.sort(dim=-1, descending=True, stable=True)
@@ -151,7 +152,7 @@ class RowSampler(LogitsProcessor):
         # Draws are below 1, so a token of probability 0 is never the first to exceed one.
         chosen = torch.searchsorted(ends, drawn * ends[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         token = chosen if order is None else order.gather(1, chosen)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)
 
 
 def halved_texts(split: Split, column: str) -> tuple[Split, list[str]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirrortune.system.devices import float64_device
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
@@ -41,8 +43,8 @@ class Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # In float64, a sum over steps does not depend on where a resumed run was interrupted; MPS has no float64.
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        # In float64, a sum over steps does not depend on where a resumed run was interrupted.
+        self._dtype = torch.float64 if float64_device(device) == device else torch.float32
         self._device = device
         self._window, self._latest = self._numbers(0.0, 0.0), self._numbers(0.0, 0.0, 0.0)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)

@@ -213,9 +213,9 @@ class Calibration:
             exact = factors.to(device=weight.device, dtype=torch.float32)
             slope = target.matrix(weight.grad).float()
             assert self.settings.side is not None
-            gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, self.settings.side).double().cpu()
+            gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, self.settings.side).cpu().double()
             if self.settings.unit in ("movement", "weight"):
-                S = factors.S.double().cpu()
+                S = factors.S.cpu().double()
                 gradient *= even_steps(plane_strengths(S), S, unit=self.settings.unit)
             found[name] = found.get(name, 0) + (gradient.square() if self.settings.saliency == "rms" else gradient)
         for target in self.targets.layers.values():  # only after all layers: parts of a fused weight share its gradient

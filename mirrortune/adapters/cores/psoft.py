@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 from mirrortune.errors import ConfigError
+from mirrortune.system.devices import to_float64
 
 
 @CORES.register("psoft")
@@ -80,13 +81,13 @@ class Psoft(MatrixCore):
     def angles(self) -> Tensor:
         """Return the angles of the planes that R rotates, from the eigenvalues +-i tan(angle / 2) of Q."""
         rank = self.S.shape[0]
-        Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew).double()
-        tangents: Tensor = torch.linalg.eigvals(Q - Q.T).imag
+        Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
+        tangents: Tensor = torch.linalg.eigvals(to_float64(Q - Q.T)).imag
         return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
 
     @torch.no_grad()
     def _check_norm(self, Q: Tensor) -> None:
-        norm = float(torch.linalg.matrix_norm(Q.double(), ord=2))
+        norm = float(torch.linalg.matrix_norm(to_float64(Q), ord=2))
         if norm >= 1:
             raise ConfigError(
                 "adapter.options.neumann_terms",

@@ -27,7 +27,7 @@ def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
     Returns:
         Pairs (P, 2), int64, i < j in each row, rows in ascending order of i; deterministic.
     """
-    host = weights.detach().to(device="cpu", dtype=torch.float64)
+    host = weights.detach().cpu().double()
     chosen = _exact(host) if len(host) <= exact_limit else _greedy(host)
     return torch.tensor(sorted(chosen), dtype=torch.int64).reshape(-1, 2)
 

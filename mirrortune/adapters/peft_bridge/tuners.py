@@ -64,7 +64,7 @@ class PeftLayer:
         Raises:
             ConfigError: PEFT cannot merge this tuner; the error gives PEFT's reason.
         """
-        layer: Any = copy.deepcopy(self.module).to(device="cpu", dtype=torch.float64)
+        layer: Any = copy.deepcopy(self.module).cpu().double()
         base = layer.get_base_layer()
         for key, tensor in before.items():
             now = self.base_layer.get_parameter(key).cpu()

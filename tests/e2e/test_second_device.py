@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models on a device that is not the CPU, simulated: no tensor is left behind, and scores are those of the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.console import REPOSITORY, reviews, write_table
+from tests.tiny_models import write_tiny_causal, write_tiny_model
+
+_SHORT = ("--max-steps", "3", "--batch-size", "8", "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a classifier and a language model."""
+    folder = tmp_path_factory.mktemp("desk")
+    write_table(folder / "reviews.csv", reviews(40))
+    rows = [{"prompt": f"the film was {word}", "completion": "good fun"} for word in ("good", "bad", "fun", "dull") * 6]
+    (folder / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_tiny_model(folder / "bert")
+    write_tiny_causal(folder / "llama")
+    return folder
+
+
+def on_device(desk: Path, *words: str, module: str = "tests.second_device") -> None:
+    """Run commands with models on the device, or on the CPU with ``module="mirrortune"``; they succeed."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "MIRRORTUNE_CACHE": str(desk / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=desk, env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def classify(method: str, run: str, *words: str) -> tuple[str, ...]:
+    """Return the words of a training of the classifier."""
+    data = ("--task", "text-classification", "--data", "reviews.csv")
+    return ("train", "--model", "bert", *data, "--method", method, "-o", run, *_SHORT, *words)
+
+
+def results(desk: Path, run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((desk / run / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_model_is_trained_scored_and_merged_as_on_the_cpu(desk: Path, precision: str) -> None:
+    words = ("--precision", precision)
+    on_device(
+        desk, *classify("mirror-scale", f"{precision}-run", *words),
+        "--then", "eval", f"{precision}-run", "--then", "merge", f"{precision}-run", "-o", f"{precision}-merged",
+        "--then", "predict", f"{precision}-run", "--data", "reviews.csv", "-o", f"{precision}-answers.csv",
+    )  # fmt: skip
+    on_device(desk, *classify("mirror-scale", f"{precision}-cpu", *words), module="mirrortune")
+    scores = [results(desk, f"{precision}-{name}")["metrics"]["loss"] for name in ("run", "cpu")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5 if precision == "fp32" else 1e-2)
+    assert (desk / f"{precision}-merged" / "model.safetensors").is_file()
+
+
+def test_a_device_without_float64_trains_rotations_and_draws_answers(desk: Path) -> None:
+    on_device(
+        desk, "--no-float64", "train", "--model", "llama", "--task", "causal-lm", "--data", "chat.jsonl",
+        "-o", "apple", *_SHORT, "model.attention=eager",
+        "--then", "predict", "apple", "--text", "the film was", "--temperature", "0.8", "--top-p", "0.9",
+        "--max-new-tokens", "4",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("float64", [(), ("--no-float64",)])
+@pytest.mark.parametrize(
+    "method", ["mirror", "adaptive", "psoft", "svft", "lora-xs", "lora-sb", "speclora", "lora", "oft", "full"]
+)
+def test_every_kind_of_method_is_trained_scored_and_merged(desk: Path, method: str, float64: tuple[str, ...]) -> None:
+    words = ("--rank", "8") if method in ("psoft", "lora-xs", "lora-sb") else ()
+    run = f"{method}{'-'.join(float64)}"
+    on_device(
+        desk, *float64, *classify(method, run, *words), "--then", "eval", run, "--then", "merge", run, "-o", f"{run}-m",
+    )  # fmt: skip
