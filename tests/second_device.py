@@ -166,20 +166,29 @@ def _through_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def main(words: Sequence[str]) -> None:
-    """Run the commands; the first that fails ends the process."""
-    from mirrortune.cli.app import app
+def start(*, has_float64: bool = True) -> None:
+    """Make the device that of models in this process.
+
+    Functions are changed in place, since other modules have imported them.
+    """
     from mirrortune.system import devices
     from mirrortune.system.distributed import sharding
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
     register()
-    # By their code, since other modules have imported them. Wrappers count as whole tensors, unlike those of shards.
-    sharding.is_whole.__code__ = (lambda tensor: True).__code__
     devices.default_device.__code__ = (lambda: torch.device("sim")).__code__
-    if words[0] == "--no-float64":
-        Sim.has_float64, words = False, words[1:]
+    sharding.is_whole.__code__ = (lambda tensor: True).__code__  # wrappers are whole tensors, unlike those of shards
+    if not has_float64:
+        Sim.has_float64 = False
         devices.float64_device.__code__ = (lambda device: torch.device("cpu")).__code__
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the commands; the first that fails ends the process."""
+    from mirrortune.cli.app import app
+
+    start(has_float64=words[0] != "--no-float64")
+    words = words[words[0] == "--no-float64" :]
     commands: list[list[str]] = [[]]
     for word in words:
         if word == "--then":

@@ -123,7 +123,8 @@ def attach(
         for name, target in targets.layers.items():
             matrix = target.read(model)
             factors = (factor_source or _compute)(name, matrix, target.rank)
-            core = build_core(spec, factors.S, name, target.shape, (pairs or {}).get(name))
+            S = factors.S.float().to(matrix.device)  # factors may be on the CPU: from a cache, or for an Apple GPU
+            core = build_core(spec, S, name, target.shape, (pairs or {}).get(name))
             if on_layer:
                 on_layer(name, matrix, factors, core)
             if target.kind.is_quantised:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,37 @@ from tests.cli.console import REPOSITORY, reviews, write_table
 from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 _SHORT = ("--max-steps", "3", "--batch-size", "8", "--seed", "1")
+_IN_PYTHON = """
+import sys
+import torch
+from tests import second_device
+second_device.start(has_float64=sys.argv[1] == "True")
+from mirrortune import AdapterBank, attach, load_adapter, save_adapter
+from tests.tiny_models import tiny_bert
+
+ids = torch.randint(5, 40, (3, 9), generator=torch.Generator().manual_seed(0)).to("sim")
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+def answers(model):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.cpu()
+
+for method in ("mirror-scale", "neighbor", "svft", "psoft", "lora-xs", "speclora", "lora"):
+    rank = {"psoft": 8, "lora-xs": 8}.get(method)
+    for _ in range(2):  # the second time, factors come from the cache
+        model = attach(tiny_bert().to("sim"), method, rank)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()(**inputs, labels=torch.zeros(3, dtype=torch.long).to("sim")).loss.backward()
+        optimizer.step()
+    expected = answers(model)
+    save_adapter(model, method)
+    torch.testing.assert_close(answers(load_adapter(tiny_bert().to("sim"), method)), expected)
+    if method not in ("speclora", "lora"):
+        bank = AdapterBank(tiny_bert().to("sim"))
+        bank.add(method, method)
+        with bank.rows([method, None, method]):
+            torch.testing.assert_close(answers(bank.model)[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-5)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +62,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_device(desk: Path, *words: str, module: str = "tests.second_device") -> None:
-    """Run commands with models on the device, or on the CPU with ``module="mirrortune"``; they succeed."""
+def on_device(desk: Path, *words: str, start: Sequence[str] = ("-m", "tests.second_device")) -> None:
+    """Run commands with models on the device, or what ``start`` says; they succeed."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "MIRRORTUNE_CACHE": str(desk / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=desk, env=env, check=False, capture_output=True, text=True
+        [sys.executable, *start, *words], cwd=desk, env=env, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -58,7 +90,7 @@ def test_a_model_is_trained_scored_and_merged_as_on_the_cpu(desk: Path, precisio
         "--then", "eval", f"{precision}-run", "--then", "merge", f"{precision}-run", "-o", f"{precision}-merged",
         "--then", "predict", f"{precision}-run", "--data", "reviews.csv", "-o", f"{precision}-answers.csv",
     )  # fmt: skip
-    on_device(desk, *classify("mirror-scale", f"{precision}-cpu", *words), module="mirrortune")
+    on_device(desk, *classify("mirror-scale", f"{precision}-cpu", *words), start=("-m", "mirrortune"))
     scores = [results(desk, f"{precision}-{name}")["metrics"]["loss"] for name in ("run", "cpu")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5 if precision == "fp32" else 1e-2)
     assert (desk / f"{precision}-merged" / "model.safetensors").is_file()
@@ -71,6 +103,11 @@ def test_a_device_without_float64_trains_rotations_and_draws_answers(desk: Path)
         "--then", "predict", "apple", "--text", "the film was", "--temperature", "0.8", "--top-p", "0.9",
         "--max-new-tokens", "4",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("float64", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_models_that_are_on_the_device_are_adapted_there(desk: Path, float64: bool) -> None:
+    on_device(desk, str(float64), start=("-c", _IN_PYTHON))
 
 
 @pytest.mark.slow
