@@ -31,7 +31,7 @@ from mirrortune.errors import ConfigError, ResourceError, in_python_terms
 from mirrortune.merging.bases import class_fields
 from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
-from mirrortune.merging.push import pack_adapter
+from mirrortune.merging.push import cards_kept, kept_notes, pack_adapter
 from mirrortune.merging.write import merge_folder
 from mirrortune.models.new_tokens import make_room
 from mirrortune.system.atomic import clear_leftovers, write_files_atomically
@@ -118,6 +118,7 @@ def save_adapter(
     repository: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    replace_card: bool = False,
 ) -> None:
     """Write the adapter and head of an adapted model to ``directory``, and optionally upload them to the Hub.
 
@@ -135,6 +136,8 @@ def save_adapter(
         repository: Hub id, ``name`` or ``owner/name``; the repository is created if it does not exist.
         revision: existing branch of the repository.
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
+        replace_card: replace a model card in the repository that a person has written or edited; by default it is kept,
+            with a warning.
 
     Raises:
         ConfigError: the model has no adapter, ``directory`` is a file, the id is invalid, parameters require
@@ -156,7 +159,7 @@ def save_adapter(
     target = local_path(directory) / path_inside(subfolder)
     _save_files(target, files)
     if repository is not None:
-        _send(target, repository, revision, subfolder)
+        _send(target, repository, revision, subfolder, replace_card=replace_card)
 
 
 def _save_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -376,14 +379,17 @@ def _check_has_values(model: nn.Module, where: str) -> None:
         raise ConfigError(where, "the model is on the meta device, its weights have no values", fix=fix)
 
 
-def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:
+def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None, *, replace_card: bool) -> None:
     with tempfile.TemporaryDirectory() as staged:
         parcel = pack_adapter(folder, Path(staged), repository)
         if subfolder is not None:  # the model card describes the repository, not a subfolder
             del parcel.files["README.md"]
         for line in parcel.redaction.describe():
             warnings.warn(line, stacklevel=4)
-        upload(parcel.files, repository, revision=revision, subfolder=subfolder)
+        keep = cards_kept(replace_card=replace_card)
+        done = upload(parcel.files, repository, revision=revision, subfolder=subfolder, keep=keep)
+    for line in kept_notes(done):
+        warnings.warn(line.replace("--replace-card", "replace_card=True"), stacklevel=4)
 
 
 def _describe_base(model: nn.Module) -> dict[str, Any]:

@@ -195,6 +195,10 @@ class LoopbackHub:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
+    def delete(self, repo_id: str, path: str) -> None:
+        """Deletes a file of a model's repository."""
+        (self._root / "models" / repo_id / path).unlink()
+
     def take_drop(self, method: str) -> bool:
         """Returns whether to break off the answer to a `method` request, and counts it."""
         with self._lock:
@@ -262,6 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     self.hub.put(repo_id, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+                elif line["key"] == "deletedFile":
+                    self.hub.delete(repo_id, line["value"]["path"])
             commit = self.hub.find("models", repo_id, "main").commit
             url = f"{self.hub.endpoint}/{repo_id}/commit/{commit}"
             self._send_json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None, "success": True})

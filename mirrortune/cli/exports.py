@@ -67,6 +67,7 @@ def push(
     repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; created if it does not exist.", show_default=False)], *,
     revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to send to.", show_default=False)] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    replace_card: Annotated[bool, typer.Option("--replace-card", help="Replace a model card in the repository that was written or edited by hand.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Send an adapter or a merged model to the Hub, with a model card made from the run; checked before it is sent.
@@ -76,7 +77,7 @@ def push(
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.merging import push as sharing  # noqa: PLC0415
 
-    result = sharing.push(target, repository, reporter, revision=revision, private=private)
+    result = sharing.push(target, repository, reporter, revision=revision, private=private, replace_card=replace_card)
     reporter.result(asdict(result), [f"{result.kind} pushed to {result.repository}: {result.url}"])
 
 

@@ -28,6 +28,7 @@ from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.paths import (
     DataPlace,
     is_system,
+    sha256_of,
 )
 
 
@@ -188,9 +189,7 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
     if not files:
         raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
     split = _read_files(files, pattern, files[0].parent, encoding)
-    return DataSet(
-        splits={"train": split}, origin={"path": pattern, "sha256": {str(f): _file_sha256(f) for f in files}}
-    )
+    return DataSet(splits={"train": split}, origin={"path": pattern, "sha256": {str(f): sha256_of(f) for f in files}})
 
 
 def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
@@ -254,7 +253,7 @@ def flat(table: pa.Table) -> pa.Table:
 
 def _load_file(path: Path, encoding: str) -> DataSet:
     split = _read_files([path], str(path), path.parent, encoding)
-    return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
+    return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: sha256_of(path)}})
 
 
 def _load_folder(folder: Path, encoding: str) -> DataSet:
@@ -264,7 +263,7 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
     for name, files in files_by_split(folder).items():
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
         splits[name] = _read_files(files, source, folder, encoding)
-        hashes |= {str(f.relative_to(folder)): _file_sha256(f) for f in files}
+        hashes |= {str(f.relative_to(folder)): sha256_of(f) for f in files}
     if splits:
         remarks = files_left_out(folder)
     else:
@@ -275,7 +274,7 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         hashes = {name: names_and_sizes_sha256([at / f for f in found], found) for name, (at, found) in paths.items()}
     for name, file in ({} if splits else metadata_files(folder)).items():
         splits[name] = _read_files([file], str(file), file.parent, encoding)
-        hashes[str(file.relative_to(folder))] = _file_sha256(file)
+        hashes[str(file.relative_to(folder))] = sha256_of(file)
         remarks = tuple(remark for remark in remarks if remark.partition(":")[0] in SPLIT_NAMES.keys() - {name})
     if not splits:
         names = sorted(p.name for p in folder.iterdir() if not is_system(p.name))
@@ -416,11 +415,6 @@ def _cached_commit(loaded: Any) -> str | None:
             if re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
                 return Path(file["filename"]).parent.name
     return None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def names_and_sizes_sha256(files: Iterable[Path], names: Iterable[str]) -> str:

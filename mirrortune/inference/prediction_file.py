@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import hashlib
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from mirrortune.data.files.arrow import is_string, python_values, text_array
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
 from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
 from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
+from mirrortune.system.paths import sha256_of
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 PREDICTION = "prediction"
@@ -157,7 +157,7 @@ class Parts:
     def is_joined(self) -> bool:
         """Return whether the parts were joined to ``output`` already, by a process that was killed just afterwards."""
         digest = (self.state() or {}).get("joined")
-        return digest is not None and self.output.is_file() and digest == _sha256(self.output)
+        return digest is not None and self.output.is_file() and digest == sha256_of(self.output)
 
     def add(self, first: int, table: pa.Table) -> None:
         """Write a block whose first row has the index ``first``."""
@@ -192,7 +192,7 @@ class Parts:
                     table = _table(path)
                     errors += table.num_rows - table.column(last).null_count if last in table.column_names else 0
                     add(table)
-            self._write_state({**(self.state() or {}), "joined": _sha256(file)})
+            self._write_state({**(self.state() or {}), "joined": sha256_of(file)})
 
         if not self.is_joined():  # check again, since predicting may have taken hours
             refuse_replacing(self.output, kind, overwrite=self.replaces)
@@ -465,8 +465,3 @@ def _difference(name: str, before: Any, now: Any) -> str:
         parts = ", ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:_MOST_NAMED])
         return f"{parts}{more}" if name == "sha256" else f"{name}: {parts}{more}"  # its keys are files
     return name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

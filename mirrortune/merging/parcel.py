@@ -12,13 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mirrortune.errors import VerificationError
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging.redaction import Redaction
+from mirrortune.reports import model_card
 from mirrortune.reports.finished_run import is_there, regular_file
 from mirrortune.system.atomic import MARKER
 from mirrortune.system.hub import ADAPTER_FILES
+from mirrortune.system.outputs import read_marker
+from mirrortune.system.paths import sha256_of
+from mirrortune.system.tensor_files import INDEX, index_of, read_headers
 
 CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
+DIGESTS = "sha256"
+"""Entry of ``merge.json`` with the hashes of the other files."""
+_WEIGHTS = "*.safetensors"
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Files to push from merged folders whose merge.json lists no files: weights, configuration, processors.
 _OF_A_MODEL = re.compile(
@@ -42,12 +49,14 @@ class Parcel:
         files: local file by path in the repository.
         left_out: files of the folder that are not uploaded.
         redaction: removes local paths from the copies.
+        notes: what the user is told about the files.
     """
 
     staged: Path
     files: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     redaction: Redaction = field(default_factory=Redaction)
+    notes: list[str] = field(default_factory=list)
 
     def write(self, name: str, text: str) -> None:
         """Add a file with the content ``text``."""
@@ -71,11 +80,16 @@ class Parcel:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 
+    def digests(self) -> dict[str, str]:
+        """Return the hashes of the copies."""
+        copies = {name: path for name, path in self.files.items() if path.is_relative_to(self.staged)}
+        return {name: sha256_of(path) for name, path in copies.items()}
+
     def describe(self) -> list[str]:
         """Return one line for each file with its size, each redaction, and the files that are left out."""
         width = max(map(len, self.files))
         lines = [f"  {name:{width}}  {path.stat().st_size:>15,} bytes" for name, path in sorted(self.files.items())]
-        lines += [f"  {line}" for line in self.redaction.describe()]
+        lines += [f"  {line}" for line in (*self.notes, *self.redaction.describe())]
         shown = ", ".join(self.left_out[:12]) + (", ..." if len(self.left_out) > 12 else "")
         return lines + ([f"  not sent, as not of the model: {shown}"] if self.left_out else [])
 
@@ -97,9 +111,24 @@ def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
         for name, redact in ((RECIPE, redaction.recipe), (RESULTS, redaction.results), (CURVES, None)):
             if is_there(folder.parent / name):
                 parcel.add(folder.parent, name, redact)
+        _add_own_card(parcel, folder.parent)
         if CURVES in parcel.files and not parcel.files[CURVES].read_bytes().startswith(_PNG):
             raise VerificationError(str(parcel.files[CURVES]), "damaged (no PNG image)", fix="Restore it")
+    else:
+        _add_own_card(parcel, folder)
     return parcel
+
+
+def _add_own_card(parcel: Parcel, folder: Path) -> None:
+    """Add the model card of a folder if a person has written or edited it."""
+    if not is_there(folder / CARD):
+        return
+    parcel.add(folder, CARD, lambda text, _: text)
+    if model_card.is_generated(parcel.files[CARD].read_text(encoding="utf-8")):
+        del parcel.files[CARD]
+    else:  # again, as the paths to cut are known only now
+        parcel.add(folder, CARD, parcel.redaction.card)
+        parcel.notes.append(f"{CARD} is the card of {folder}, which was written or edited by hand")
 
 
 def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
@@ -113,8 +142,13 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     names = {str(n) for n in listed} if isinstance(listed, list) else {n for n in known if _OF_A_MODEL.fullmatch(n)}
     names |= known & {CARD}
     parcel.left_out = sorted(known - names - {MARKER})
-    texts = {RECIPE: redaction.recipe, REPORT: redaction.merge_report, CARD: redaction.card}
-    for name in sorted(names, key=lambda n: (n == CARD, n)):  # card last: paths found in other files are cut from it
+    texts = {
+        RECIPE: redaction.recipe,
+        REPORT: lambda text, name: redaction.merge_report(text, name, parcel.digests()),
+        CARD: lambda text, name: model_card.edited(text, lambda own: redaction.card(own, name)),
+    }
+    # The card last: paths found in other files are cut from it. Before it the report, which holds their hashes.
+    for name in sorted(names, key=lambda n: (n == CARD, n == REPORT, n)):
         _check_name(folder, name)
         is_setting = (
             name.endswith(".json") and name != _MODULES
@@ -155,6 +189,45 @@ def _check_name(folder: Path, name: str) -> None:
         raise VerificationError(
             str(folder / REPORT), f"it lists '{name}', which is not a file of a model", fix="Merge again"
         )
+
+
+def check_files(folder: Path, report: dict[str, Any]) -> list[str]:
+    """Check that the weights of a merged model are those that the merge has verified, by its records.
+
+    Args:
+        folder: merged folder.
+        report: report of the merge.
+
+    Returns:
+        Notes for the user: other files that were changed, or why the values were not compared.
+
+    Raises:
+        VerificationError: a file of weights is missing, cut off or changed, or the records disagree.
+    """
+    listed, digests, marker = report.get("files"), report.get(DIGESTS), read_marker(folder)
+    names = {str(name) for name in listed} if isinstance(listed, list) else {p.name for p in folder.glob(_WEIGHTS)}
+    for name in names:
+        _check_name(folder, name)
+    recorded = names if marker is None or not isinstance(listed, list) else marker.files
+    weights_there = {name for name in recorded if name.endswith(".safetensors")}
+    if odd := (names - recorded) | (weights_there - names):
+        problem = f"{MARKER} and {REPORT} disagree about '{min(odd)}'"
+        raise VerificationError(str(folder), problem, fix="Merge again")
+    names |= set(index_of(folder / INDEX)) if (folder / INDEX).exists() else set()
+    weights = [regular_file(folder, name) for name in sorted(names) if name.endswith(".safetensors")]
+    try:
+        read_headers(weights)
+    except ConfigError as error:
+        raise VerificationError(error.where, error.problem, fix="Merge again") from error
+    if not isinstance(digests, dict):
+        return ["the merge recorded no hashes of its files, so their values are not compared; merge again for that"]
+    changed = sorted(n for n in names & digests.keys() - {CARD} if sha256_of(regular_file(folder, n)) != digests[n])
+    if found := [name for name in changed if ".safetensors" in name]:
+        problem = f"it was changed after the merge was verified: its hash is not the one in {REPORT}"
+        raise VerificationError(str(folder / found[0]), problem, fix="Merge again")
+    if unknown := [path.name for path in weights if path.name not in digests]:
+        raise VerificationError(str(folder / unknown[0]), f"{REPORT} holds no hash of it", fix="Merge again")
+    return [f"{name} was changed after the merge" for name in changed]
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ from typing import Any
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.find import require_adapter
 from mirrortune.errors import VerificationError
-from mirrortune.merging.parcel import Parcel, adapter_parcel, merged_parcel, read_report
+from mirrortune.merging.parcel import CARD, Parcel, adapter_parcel, check_files, merged_parcel, read_report
 from mirrortune.reports import model_card
 from mirrortune.system.console import Reporter
-from mirrortune.system.hub import check_repository, upload
+from mirrortune.system.hub import Upload, check_repository, upload
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import run_of
-from mirrortune.system.tensor_files import read_headers
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Files of weights that transformers would read beside, or instead of, those of a new model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +34,26 @@ class PushResult:
         url: URL of the commit.
         kind: ``adapter`` or ``merged``.
         files: paths in the repository of the uploaded files.
+        kept: files of the repository that were not replaced: a model card that a person has written.
+        deleted: files of the repository that were deleted: weights of an earlier model.
     """
 
     repository: str
     url: str
     kind: str
     files: list[str]
+    kept: list[str]
+    deleted: list[str]
 
 
 def push(
-    target: str, repository: str, reporter: Reporter, *, revision: str | None = None, private: bool = False
+    target: str,
+    repository: str,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    replace_card: bool = False,
 ) -> PushResult:
     """Upload a run's adapter, an adapter folder or a merged model to a Hub repository, which is created if missing.
 
@@ -52,10 +66,12 @@ def push(
         reporter: prints notes.
         revision: existing branch to upload to.
         private: create a private repository; an existing public one is refused.
+        replace_card: replace a model card in the repository that a person has written or edited.
 
     Raises:
         ConfigError: ``target`` cannot be pushed, or ``repository`` is not a valid id.
-        VerificationError: the adapter is damaged, the merged model was not verified, or a file is a symbolic link.
+        VerificationError: the adapter is damaged, the merged model was not verified or has been changed since, or a
+            file is a symbolic link.
         HubError: the upload failed.
     """
     check_repository(repository)
@@ -63,18 +79,44 @@ def push(
     is_merged = (folder / "merge.json").is_file()
     with tempfile.TemporaryDirectory() as staged:
         if is_merged:
-            parcel = merged_parcel(folder, _checked_report(folder), Path(staged))
+            report = _checked_report(folder)
+            notes = check_files(folder, report)
+            parcel = merged_parcel(folder, report, Path(staged))
+            parcel.notes += notes
         else:
             parcel = pack_adapter(require_adapter(target, "push"), Path(staged), repository)
-        _check_card(parcel.files.get("README.md"), folder)
+        _check_card(parcel.files.get(CARD), folder)
         total = sum(path.stat().st_size for path in parcel.files.values())
         where = f"{repository}{' (private)' if private else ''}"
         reporter.note(f"pushing {len(parcel.files)} files ({total:,} bytes) to {where}:")
         for line in parcel.describe():
             reporter.note(line)
-        full, url = upload(parcel.files, repository, revision=revision, private=private)
-    kind = "merged" if is_merged else "adapter"
-    return PushResult(repository=full, url=url, kind=kind, files=sorted(parcel.files))
+        done = upload(
+            parcel.files, repository, revision=revision, private=private, keep=cards_kept(replace_card=replace_card),
+            is_outdated=lambda name: is_merged and _WEIGHTS.fullmatch(name) is not None,
+        )  # fmt: skip
+    for note in kept_notes(done):
+        reporter.note(note)
+    kind, files = "merged" if is_merged else "adapter", sorted(parcel.files.keys() - set(done.kept))
+    return PushResult(
+        repository=done.repository, url=done.url, kind=kind, files=files, kept=done.kept, deleted=done.deleted
+    )
+
+
+def cards_kept(*, replace_card: bool) -> dict[str, Callable[[bytes], bool]]:
+    """Return the argument ``keep`` of :func:`upload`: a card that a person has written is kept unless replaced on
+    request.
+    """
+    return {CARD: lambda held: not replace_card and not model_card.is_generated(held.decode("utf-8", "replace"))}
+
+
+def kept_notes(done: Upload) -> list[str]:
+    """Return a line for each file of the repository that was kept, and one for those that were deleted."""
+    lines = [
+        f"{name} of {done.repository} is kept, as it was written or edited by hand; --replace-card replaces it"
+        for name in done.kept
+    ]
+    return lines + ([f"deleted weights of an earlier model there: {', '.join(done.deleted)}"] if done.deleted else [])
 
 
 def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
@@ -85,23 +127,23 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
     adapter = read_adapter(folder)
     parcel = adapter_parcel(folder, staged, is_of_run=run_of(folder) is not None)
     base = json.loads(parcel.files["adapter.json"].read_text(encoding="utf-8"))["base"]  # without local paths
+    if CARD in parcel.files:
+        return parcel
     recipe, has_curves = parcel.files.get("recipe.yaml"), "curves.png" in parcel.files
     card = model_card.card_of_run(adapter, title, is_merged=False, base=base, recipe=recipe, has_curves=has_curves)
-    parcel.write("README.md", card or model_card.adapter_card(title, base, adapter.spec.method))
+    parcel.write(CARD, model_card.signed(card or model_card.adapter_card(title, base, adapter.spec.method)))
     return parcel
 
 
 def _checked_report(folder: Path) -> dict[str, Any]:
-    """Read the report of a merged folder, and check that the merge passed its verification and that the headers of the
-    weight files fit their sizes. The values are not compared with those that were verified.
+    """Read the report of a merged folder, and check that the merge passed its verification.
 
     Raises:
-        VerificationError: the merge did not pass its verification, or a weight file is cut off.
+        VerificationError: it did not.
     """
     report = read_report(folder)
     if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
         raise VerificationError(str(folder), "its merge did not pass verification", fix="Merge again")
-    read_headers(sorted(folder.glob("*.safetensors")))
     return report
 
 

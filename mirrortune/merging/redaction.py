@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -144,10 +144,19 @@ class Redaction:
                 text = text.replace(before, _last_name(before))
         return self.prose(text, place)
 
-    def merge_report(self, text: str, place: str) -> str:
-        """Redact the paths of the base and the adapters in ``merge.json``."""
+    def merge_report(self, text: str, place: str, digests: Mapping[str, str]) -> str:
+        """Redact the paths of the base and the adapters in ``merge.json``.
+
+        Args:
+            text: content of the file.
+            place: name of the file.
+            digests: hashes of the redacted copies of other files, which replace those of the files.
+        """
 
         def cut(data: dict[str, Any]) -> None:
+            if isinstance(recorded := data.get("sha256"), dict):
+                recorded.pop("README.md", None)  # redacted last, with what is cut here
+                recorded |= {name: digest for name, digest in digests.items() if name in recorded}
             self._base(data.get("base"), f"{place}: base")
             for adapter in data.get("adapters") or ():
                 if isinstance(adapter.get("folder"), str):

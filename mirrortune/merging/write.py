@@ -36,7 +36,7 @@ from mirrortune.merging.bases import (
     padding_id,
     trained_on,
 )
-from mirrortune.merging.parcel import check_texts
+from mirrortune.merging.parcel import DIGESTS, check_texts
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging.verify import (
     FLOATS,
@@ -62,6 +62,7 @@ from mirrortune.reports import model_card
 from mirrortune.reports.finished_run import is_there
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import MERGED, adapter_inputs, model_inputs, output_folder
+from mirrortune.system.paths import sha256_of
 from mirrortune.system.run_directory import record_merge, run_of
 from mirrortune.system.tensor_files import shard_like, write_shards
 from mirrortune.tasks.base import Task, task_from_dict
@@ -102,7 +103,7 @@ def merge(
     reporter.note(f"merging {', '.join(map(str, folders))} into {describe_base(adapters[0], base)}")
     run = run_of(last.folder)
     card = model_card.card_of_run(last, Path(output_dir).name, is_merged=True)
-    extra = {"README.md": card or model_card.merged_card(last.base, last.spec.method, last.task)}
+    extra = {"README.md": model_card.signed(card or model_card.merged_card(last.base, last.spec.method, last.task))}
     if run is not None and is_there(run.recipe):
         extra["recipe.yaml"] = model_card.recipe_text(run)
     remarks: list[str] | None = [] if force_base else None
@@ -183,6 +184,7 @@ def _write_merged(folder: Path, output_dir: Path, extra_files: dict[str, str], m
     report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
     made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
     report["files"] = sorted([*made, "merge.json"])
+    report[DIGESTS] = {name: sha256_of(folder / name) for name in sorted(made)}
     (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not verdict.passed:
         raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {verdict.describe()}")

@@ -256,8 +256,15 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
-    run.write_text("README.md", card)
+    if not _has_own_card(run):
+        run.write_text("README.md", model_card.signed(card))
     html.write_page(run.path / "report.html", run_page([finished]))
+
+
+def _has_own_card(run: RunDirectory) -> bool:
+    """Return whether a person has edited the card of a run, which is resumed."""
+    path = run.path / "README.md"
+    return path.is_file() and not model_card.is_generated(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:

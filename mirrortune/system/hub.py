@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mirrortune import __version__
 from mirrortune.errors import ConfigError, HubError, MirrortuneError, first_line
@@ -167,6 +169,23 @@ def check_repository(repository: str) -> None:
         ) from error  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """A commit made by :func:`upload`.
+
+    Attributes:
+        repository: full id of the repository.
+        url: URL of the commit.
+        kept: files of the repository that were kept instead of being replaced.
+        deleted: files of the repository that were deleted.
+    """
+
+    repository: str
+    url: str
+    kept: list[str]
+    deleted: list[str]
+
+
 def upload(
     files: Mapping[str, Path],
     repository: str,
@@ -174,7 +193,9 @@ def upload(
     revision: str | None = None,
     subfolder: str | None = None,
     private: bool = False,
-) -> tuple[str, str]:
+    keep: Mapping[str, Callable[[bytes], bool]] | None = None,
+    is_outdated: Callable[[str], bool] = lambda _: False,
+) -> Upload:
     """Upload files to a model repository on the Hub, which is created if it does not exist.
 
     Args:
@@ -183,9 +204,8 @@ def upload(
         revision: existing branch.
         subfolder: subfolder of the repository.
         private: create a private repository, and upload nothing to a public one.
-
-    Returns:
-        The full id of the repository, and the URL of the commit.
+        keep: by path in the repository, says of the content of an existing file whether it is kept.
+        is_outdated: says whether an existing file that is not among ``files`` is deleted in the same commit.
 
     Raises:
         ConfigError: the id is not valid, the subfolder leads out of the repository, or ``private`` was given for a
@@ -205,14 +225,22 @@ def upload(
                 "--private", f"repository '{full}' is public, nothing was sent",
                 fix="Make it private on its page, choose another name, or leave out --private",
             )  # fmt: skip
-        add = huggingface_hub.CommitOperationAdd
-        done = api.create_commit(
-            repo_id=full,
-            operations=[add(path_in_repo=str(inside / name), path_or_fileobj=path) for name, path in files.items()],
-            revision=revision,
-            commit_message=f"mirrortune {__version__}",
-        )
-    return str(full), str(done.commit_url)
+        sent = {str(inside / name): path for name, path in files.items()}
+        there = set(api.list_repo_files(full, revision=revision))
+        kept = []
+        for name in sorted(sent.keys() & there & (keep or {}).keys()):
+            held = Path(api.hf_hub_download(full, name, revision=revision)).read_bytes()
+            if held != sent[name].read_bytes() and (keep or {})[name](held):
+                kept.append(name)
+        deleted = sorted(name for name in there - sent.keys() if is_outdated(name))
+        operations: list[Any] = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+            for name, path in sent.items() if name not in kept
+        ]  # fmt: skip
+        operations += [huggingface_hub.CommitOperationDelete(path_in_repo=name) for name in deleted]
+        message = f"mirrortune {__version__}"
+        done = api.create_commit(repo_id=full, operations=operations, revision=revision, commit_message=message)
+    return Upload(repository=str(full), url=str(done.commit_url), kept=kept, deleted=deleted)
 
 
 def path_inside(subfolder: str | None) -> PurePosixPath:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parse the paths, glob patterns and Hub ids that users write, and locate the cache and files inside packages."""
+"""Parse the paths, glob patterns and Hub ids that users write, locate the cache and packages' files, and hash files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
 import os
 import re
@@ -272,3 +273,9 @@ def package_folder(name: str) -> Path:
     if not folder.is_dir():
         raise ConfigError("model.name", f"package '{module}' has no folder '{subfolder}'")
     return folder
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from mirrortune.reports.model_card import is_generated
 from mirrortune.system.outputs import COMPARISON, Marker, write_marker
+from mirrortune.system.paths import sha256_of
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.hub_fixtures import client_env
 from tests.hub_server import LoopbackHub
@@ -180,6 +182,101 @@ def test_of_a_merged_folder_only_the_model_is_sent(hub: LoopbackHub, desk: Path,
     (folder / "merge.json").write_text(json.dumps(report))  # as it was written before the list was in it
     again = run(hub, desk, "-m", "mirrortune", "push", folder, "me/older", "--json")
     assert json.loads(again.stdout)["files"] == json.loads(done.stdout)["files"]
+
+
+def test_a_card_of_a_person_is_kept(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    card = tmp_path / "hub" / "models" / "me" / "cards" / "README.md"
+    for source in ("run", "merged"):
+        for _ in range(2):  # the second push replaces the generated card of the first
+            done = run(hub, desk, "-m", "mirrortune", "push", source, "me/cards", "--json")
+            assert done.returncode == 0, done.stderr
+            assert "README.md" in json.loads(done.stdout)["files"]
+        generated = card.read_text()
+        assert is_generated(generated)
+        card.write_text(mine := generated.replace("\n# ", "\nMy own words.\n\n# ", 1))
+        done = run(hub, desk, "-m", "mirrortune", "push", source, "me/cards", "--json")
+        assert done.returncode == 0, done.stderr
+        assert (card.read_text(), json.loads(done.stdout)["kept"]) == (mine, ["README.md"])
+        assert "README.md" not in json.loads(done.stdout)["files"]
+        assert "README.md of me/cards is kept, as it was written or edited by hand; --replace-card" in done.stderr
+        done = run(hub, desk, "-m", "mirrortune", "push", source, "me/cards", "--replace-card")
+        assert (done.returncode, card.read_text()) == (0, generated), done.stderr
+
+
+def test_a_card_of_a_person_in_the_folder_is_sent(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    for name in ("run", "merged"):
+        shutil.copytree(desk / name, tmp_path / name)
+    shutil.copytree(desk / "run" / "adapter", tmp_path / "alone")
+    for name in ("run", "merged", "alone"):
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: mit\n---\n# Mine, from {desk / 'base'}\n")
+        done = run(hub, desk, "-m", "mirrortune", "push", tmp_path / name, f"me/{name}")
+        assert done.returncode == 0, done.stderr
+        sent = tmp_path / "hub" / "models" / "me" / name / "README.md"
+        assert sent.read_text() == "---\nlicense: mit\n---\n# Mine, from base\n"
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_weights_that_changed_after_the_merge_are_refused(desk: Path, tmp_path: Path, is_recorded: bool) -> None:
+    whole = (desk / "merged" / "model.safetensors").read_bytes()
+    damages = {"cut": whole[:-4], "edited": whole[:-1] + bytes([whole[-1] ^ 1]), "missing": None}
+    for name, content in damages.items():
+        folder = tmp_path / name
+        shutil.copytree(desk / "merged", folder)
+        (folder / "model.safetensors").unlink()
+        if content is not None:
+            (folder / "model.safetensors").write_bytes(content)
+        if not is_recorded:  # by an earlier version
+            report = json.loads((folder / "merge.json").read_text())
+            del report["sha256"]
+            (folder / "merge.json").write_text(json.dumps(report))
+            if name == "edited":
+                continue
+        done = mirrortune("push", folder, "me/x", cache=desk / "cache")
+        assert (done.exit_code, "model.safetensors" in done.said) == (5, True), done.stderr
+
+
+def test_the_records_of_a_merge_must_agree(desk: Path, tmp_path: Path) -> None:
+    for change in (lambda files: files.remove("model.safetensors"), lambda files: files.append("model-2.safetensors")):
+        folder = tmp_path / "merged"
+        shutil.copytree(desk / "merged", folder, dirs_exist_ok=True)
+        shutil.copy(desk / "merged" / "model.safetensors", folder / "model-2.safetensors")
+        report = json.loads((folder / "merge.json").read_text())
+        change(report["files"])
+        (folder / "merge.json").write_text(json.dumps(report))
+        done = mirrortune("push", folder, "me/x", cache=desk / "cache")
+        assert (done.exit_code, ".mirrortune.json and merge.json disagree about 'model" in done.said) == (5, True)
+
+
+def test_changed_settings_are_said_and_hashes_hold_after_a_push(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    folder, sent = tmp_path / "merged", tmp_path / "hub" / "models" / "me" / "x"
+    shutil.copytree(desk / "merged", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(desk / "base")}))
+    done = run(hub, desk, "-m", "mirrortune", "push", folder, "me/x")
+    assert done.returncode == 0, done.stderr
+    assert "config.json was changed after the merge" in done.stderr
+    recorded = json.loads((sent / "merge.json").read_text())["sha256"]
+    assert {"model.safetensors", "config.json"} <= recorded.keys()
+    assert all(sha256_of(sent / name) == digest for name, digest in recorded.items())
+    again = run(hub, desk, "-m", "mirrortune", "push", sent, "me/y")
+    assert again.returncode == 0, again.stderr
+
+
+def test_weights_of_an_earlier_model_do_not_stay_beside_others(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    sent = tmp_path / "hub" / "models" / "me" / "x"
+    words = ("merge", desk / "run", "-o", tmp_path / "sharded", "--max-shard-size", "20KB", "-q")
+    assert mirrortune(*words, cache=desk / "cache").exit_code == 0
+    assert run(hub, desk, "-m", "mirrortune", "push", "merged", "me/x").returncode == 0
+    (sent / "notes.safetensors").write_text("of a person")
+    # transformers would read model.safetensors instead of the shards
+    for source, gone in ((tmp_path / "sharded", ["model.safetensors"]), (desk / "merged", None)):
+        done = run(hub, desk, "-m", "mirrortune", "push", source, "me/x", "--json")
+        assert done.returncode == 0, done.stderr
+        deleted = json.loads(done.stdout)["deleted"]
+        assert deleted == gone or (gone is None and "model.safetensors.index.json" in deleted)
+        there = {path.name for path in sent.iterdir() if path.name.startswith("model")}
+        assert there == {path.name for path in source.iterdir() if path.name.startswith("model")}
+        assert (sent / "notes.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["../id_ed25519", "/etc/passwd", ".env", "notes/.ssh/key", "a/../../id_ed25519"])

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from mirrortune.config import strict_yaml
-from mirrortune.reports.model_card import run_card
+from mirrortune.reports.model_card import edited, is_generated, run_card, signed
 
 RESULT: dict[str, Any] = {
     "metrics": {"accuracy": 0.5},
@@ -32,3 +35,17 @@ def test_a_recipe_of_a_thousand_pairs_is_not() -> None:
     text = card({"adapter": {"pairing": [[2 * k, 2 * k + 1] for k in range(1000)]}})
     assert "The recipe:\n\n`recipe.yaml`, which is too long to be shown here.\n" in text
     assert len(text.splitlines()) < 40
+
+
+@pytest.mark.parametrize("write", [signed, str], ids=["signed", "by an earlier version"])
+def test_a_card_that_was_edited_is_no_generated_one(write: Callable[[str], str]) -> None:
+    text = write(card({"adapter": {"pairing": [[0, 5]]}}))
+    assert is_generated(text)
+    assert is_generated(text.replace("\n", "\r\n"))
+    for changed in (
+        text.replace("---\n\n", "license: mit\n---\n\n", 1), text.replace("# run\n", "# My model\n\nIt is good.\n"),
+        text + "\nIt is good.\n", "",
+    ):  # fmt: skip
+        assert not is_generated(changed)
+        assert edited(changed, str.upper) == changed.upper()
+    assert is_generated(edited(text, str.upper))
