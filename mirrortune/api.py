@@ -48,6 +48,7 @@ T = TypeVar("T")
 # Attributes of a model:
 _NEW_TOKENS = "_mirrortune_new_tokens"  # the new tokens that it has rows for
 _TRAINED = "_mirrortune_trained"  # names of the parameters that the adapter trains
+_LOADED_IN = "_mirrortune_loaded_in"  # dtype of the base, which may be cast later
 # Parts of names that torch.compile, activation checkpointing, FSDP and parallel wrappers add to the modules inside.
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
@@ -400,7 +401,7 @@ def _describe_base(model: nn.Module) -> dict[str, Any]:
         "name": getattr(config, "_name_or_path", None) or None,
         "revision": None,
         "commit": getattr(config, "_commit_hash", None),
-        "dtype": str(getattr(model, "dtype", "torch.float32")).removeprefix("torch."),
+        "dtype": vars(model).get(_LOADED_IN, "float32"),
         "auto_class": type(model).__name__,
         "id2label": getattr(config, "id2label", None),  # gives the size of the head, which the base may lack
     }
@@ -412,6 +413,7 @@ def _warn(text: str) -> None:
 
 def _remember(model: nn.Module, book: FingerprintBook) -> None:
     model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001
+    vars(model)[_LOADED_IN] = str(getattr(model, "dtype", "torch.float32")).removeprefix("torch.")
     vars(model)[_TRAINED] = frozenset(_requiring_gradients(model))
     if attachment(model).layers and callable(getattr(model, "save_pretrained", None)):
         vars(model)["save_pretrained"] = _SavePretrained(model)

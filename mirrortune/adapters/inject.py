@@ -8,10 +8,11 @@ PEFT's tuners are attached in ``peft_bridge`` by the same rules. An adapted laye
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
-from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
+from mirrortune.adapters.layers import Spectral, SpectralLinear, SpectralWeight, replace_weight
 from mirrortune.adapters.plain import (
     RowRange,
     attach_rows,
@@ -167,14 +168,27 @@ def check_plain(model: nn.Module, where: str) -> None:
     """Check that a model has no adapter, is in no bank, and was not left half changed.
 
     Raises:
-        ConfigError: it has, at ``where``.
+        ConfigError: it has, or a module inside has, at ``where``.
     """
     _check_whole(model, where)
     if isinstance(getattr(model, "mirrortune", None), Attachment):
         raise ConfigError(where, "the model has an adapter already", fix="Load the base model anew")
+    for name, module in model.named_modules():
+        # Its change would be taken for a part of the base, and be in neither the adapter nor the base.
+        if isinstance(module, Spectral) or isinstance(vars(module).get("mirrortune"), Attachment):
+            problem = f"a module inside has an adapter already: '{name}'"
+            raise ConfigError(where, problem, fix="Attach one adapter to the whole model, of the base loaded anew")
+        if _is_of_peft(module):
+            problem = f"the model has an adapter of PEFT already, in '{name}'"
+            raise ConfigError(where, problem, fix="Merge it with PEFT's merge_and_unload(), or load the base anew")
     if BANK in vars(model):
         fix = "add() it to the bank, or close() the bank first"
         raise ConfigError(where, "the model is in an AdapterBank", fix=fix)
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # importing PEFT takes seconds
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def checked_targets(

@@ -363,8 +363,9 @@ def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str
 
     See :func:`mirrortune.adapters.files.tensors.pack_tensors`.
     """
+    # In float32, as cores are, whatever a model was cast to before it was saved.
     own = {
-        key: tensor for key, tensor in adapter.tensors.items()
+        key: tensor.float() if key.startswith("core.") else tensor for key, tensor in adapter.tensors.items()
         if key.partition(".")[0] in ("core", "clusters", "sketch", "param")
     }  # fmt: skip
     tensors, holds = pack_tensors(own, list(adapter.layouts))

@@ -141,7 +141,9 @@ class MergePlan:
         if found is None and self.shared is not None:
             found = self.shared().layer(layer, weight, bias)
         if found is None:
-            raise NotTensorByTensor(f"method '{adapter.spec.method}' makes '{layer}' of more than its own weight")
+            is_known = bool(adapter.responses[layer])
+            why = "of more than its own weight" if is_known else "in a way that the file does not allow to check"
+            raise NotTensorByTensor(f"method '{adapter.spec.method}' makes '{layer}' {why}")
         return found, before
 
     def _tuned(self, name: str, adapter: AdapterFile, layer: str) -> Tensor:
@@ -187,7 +189,10 @@ class MergePlan:
 
     def factors(self, weight: Tensor, adapter: AdapterFile, layer: str) -> Any:
         """Return the factors of a layer's matrix in ``weight``, in the basis that the adapter was trained in."""
-        trained_in = getattr(torch, adapter.dtypes[layer])
+        # A model that was cast before it was saved has coarser factors than its base.
+        trained_in = torch.promote_types(
+            getattr(torch, adapter.dtypes[layer]), getattr(torch, str(adapter.base["dtype"]))
+        )
         matrix = adapter.layouts[layer].matrix(weight.to(trained_in)).contiguous()
         return trained_factors(adapter, layer, matrix, self.source_of_factors, remarks=self.remarks)
 

@@ -191,11 +191,16 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """Return bfloat16 autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context."""
+    """Return autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context.
+
+    It is to float16 if all such weights are in float16: CPUs have no kernels for weights of one 16-bit dtype with
+    activations of the other. Otherwise it is to bfloat16.
+    """
     if holds_half(model):
+        half = {p.dtype for p in model.parameters()} & set(_HALF)
         device = next(model.parameters()).device.type
         if not torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
-            return torch.autocast(device, torch.bfloat16)
+            return torch.autocast(device, torch.float16 if half == {torch.float16} else torch.bfloat16)
     return contextlib.nullcontext()
 
 

@@ -48,6 +48,7 @@ from mirrortune.adapters.files.tensors import (
     factor_tensors,
     fingerprint_of,
     pack_tensors,
+    rounding_of,
     split_effects,
     unpack_tensors,
     with_pairs,
@@ -157,7 +158,7 @@ class AdapterFile:
             name: {
                 **describe_target(name, target),
                 **describe_basis(fingerprints[name]),
-                "dtype": str(fingerprints[name].coarsest(held[name].U.dtype)).removeprefix("torch."),
+                "dtype": str(fingerprints[name].coarsest(rounding_of(held[name].U))).removeprefix("torch."),
             }
             for name, target in attachment(model).targets.layers.items()
         }
@@ -236,7 +237,7 @@ class PeftAdapterFile(AdapterFile):
     def contents(
         model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
     ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        responses = peft_files.layer_responses(model)
+        responses = peft_files.layer_responses(model, getattr(torch, str(base.get("dtype", "float32"))))
         layers = {
             name: {
                 **describe_target(name, target),

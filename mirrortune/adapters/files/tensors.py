@@ -25,9 +25,26 @@ from mirrortune.system.distributed.sharding import is_whole
 
 _KINDS = ("core", "clusters", "pairs", "partners", "sketch")
 _SIGNS = "signs"
+_FIRST = 1024  # numbers
 
 Holds = dict[str, dict[str, list[int]]]
 """Layer -> name of a joined tensor -> shape of the layer's part of it."""
+
+
+def rounding_of(tensor: Tensor) -> torch.dtype:
+    """Return the narrowest dtype that holds the values of a tensor exactly: narrower than its own if the model was cast
+    (``model.half().float()``).
+    """
+    if not is_whole(tensor) or not tensor.numel():
+        return tensor.dtype
+    own = torch.finfo(tensor.dtype).eps
+    narrower = [t for t in (torch.bfloat16, torch.float16, torch.float32) if torch.finfo(t).eps > own]
+    first = tensor.detach().reshape(-1)[:_FIRST]  # nearly always enough to tell
+    return next((t for t in narrower if _holds(t, first) and _holds(t, tensor.detach())), tensor.dtype)
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    return torch.equal(values.to(dtype).to(values.dtype), values)
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str, Tensor], Holds]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirrortune.adapters.files.tensors import rounding_of
 from mirrortune.adapters.inject import attachment, plain_parameters, trained_buffers
 from mirrortune.adapters.peft_bridge.options import import_peft, spelt_out
-from mirrortune.adapters.peft_bridge.tuners import ADAPTER_NAME, PeftAttachment
+from mirrortune.adapters.peft_bridge.tuners import ADAPTER_NAME, PeftAttachment, PeftLayer
 from mirrortune.adapters.plain import RowRange, held_in, modules_of
 from mirrortune.errors import VerificationError
 from mirrortune.system.distributed.sharding import is_in_shards, is_whole
@@ -132,16 +133,33 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_responses(model: nn.Module) -> dict[str, list[float]]:
+def layer_responses(model: nn.Module, trained_in: torch.dtype) -> dict[str, list[float]]:
     """Compute the response of each adapted layer to a fixed random input, projected on a few fixed directions.
 
-    It depends on all parameters of the layer, and is empty for a layer of which this process has only a shard.
+    It depends on all parameters of the layer. It is empty for a layer of which this process has only a shard, and for
+    one whose weights were rounded since the adapter was attached: the layer will not be loaded with these.
+
+    Args:
+        model: adapted model.
+        trained_in: dtype of the base when the adapter was attached.
     """
     layers = {name: (model.get_submodule(name), target) for name, target in _attached(model).targets.layers.items()}
+    layers_of: Any = attachment(model).layers
     return {
-        name: _response(module, target.shape) if all(map(is_whole, module.parameters())) else []
+        name: _response(module, target.shape)
+        if all(map(is_whole, module.parameters())) and not _is_rounded(layers_of[name], trained_in)
+        else []
         for name, (module, target) in layers.items()
     }
+
+
+def _is_rounded(layer: PeftLayer, trained_in: torch.dtype) -> bool:
+    """Return whether a layer was cast to a narrower dtype than ``trained_in``, and perhaps back."""
+    eps, weight = torch.finfo(trained_in).eps, getattr(layer.base_layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and torch.finfo(weight.dtype).eps > eps:
+        return True
+    trained = [p for p in layer.adapter_parameters().values() if p.numel() and bool((p != p.reshape(-1)[0]).any())]
+    return bool(trained) and all(torch.finfo(rounding_of(p)).eps > eps for p in trained)
 
 
 def compare_responses(model: nn.Module, stored: dict[str, list[float]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mirrortune
 from mirrortune.adapters.factor_cache import FactorCache
@@ -134,6 +134,19 @@ def test_16_bits_keep_their_dtype_and_say_what_they_lose(
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(n).dtype for n in file.keys()} == {dtype}  # noqa: SIM118
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize(("method", "how"), [("none", "hf"), ("lora", "hf"), ("mirror", "hf"), ("mirror", "lora")])
+def test_a_float16_classifier_with_a_head_in_float32_is_merged(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, how: str, lazily: bool
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, dtype=torch.float16)
+    mirrortune.save_adapter(mirrortune.attach(model, method), tmp_path / "adapter")
+    verdict = mirrortune.merge_adapter(tiny_model_dir, tmp_path / "adapter", tmp_path / "merged", format=how)
+    assert verdict["passed"]
+    assert verdict["max_abs_logit_error"] is not None
 
 
 def test_adapters_of_one_base_change_different_weights(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from mirrortune.system import devices
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import as_computed, autocast, widen, wrap_calls
 from tests.tiny_models import tiny_bert
-from tests.tiny_runs import HEAD
+from tests.tiny_runs import HEAD, logits
 
 CPU, GPU, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
@@ -110,10 +110,18 @@ def test_widen_changes_only_what_is_named_and_in_16_bits() -> None:
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_autocast_is_for_16_bit_weights(dtype: torch.dtype, expected: bool) -> None:
-    with autocast(tiny_bert().to(dtype)):
-        assert torch.is_autocast_enabled("cpu") is expected
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+)
+def test_autocast_is_for_16_bit_weights_and_in_their_dtype(dtype: torch.dtype, expected: torch.dtype | None) -> None:
+    model = tiny_bert().to(dtype)
+    widen(model, HEAD)
+    with autocast(model):
+        assert torch.is_autocast_enabled("cpu") is (expected is not None)
+        assert expected in (None, torch.get_autocast_dtype("cpu"))
+        assert logits(model).isfinite().all()
+    with autocast(nn.Sequential(tiny_bert().half(), tiny_bert().bfloat16())):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def in_bfloat16(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
