@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
+from mirrortune.adapters.files.tensors import check_tied
 from mirrortune.adapters.fingerprint import (
     Fingerprint,
     completed,
@@ -381,8 +382,6 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
     Raises:
         VerificationError: it is not; the error names the layer.
     """
-    if not adapter.fingerprints[name].is_of(weight):
-        raise _other_weight(adapter, name)
     trained_in = factors_dtype(adapter, name, weight)
     if torch.promote_types(weight.dtype, trained_in) != weight.dtype:
         found, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, trained_in))
@@ -390,6 +389,8 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
             name, f"the adapter was trained in {wanted}, the base is loaded in {found}, which would round its factors",
             fix=f"Load the base with dtype={wanted}",
         )  # fmt: skip
+    if not adapter.fingerprints[name].is_of(weight):
+        raise _other_weight(adapter, name)
 
 
 def _other_weight(adapter: AdapterFile, name: str) -> VerificationError:
@@ -483,6 +484,7 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
                 + (f"one of shape {own.shape}, read in another way" if own else "no such layer"),
                 fix="Use its own base model",
             )
+        check_tied(model, found.layers[name], adapter.weights[name])
     return found
 
 

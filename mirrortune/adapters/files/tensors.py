@@ -21,6 +21,7 @@ from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
 from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target
+from mirrortune.errors import VerificationError
 from mirrortune.system.distributed.sharding import is_whole
 
 _KINDS = ("core", "clusters", "pairs", "partners", "sketch")
@@ -29,6 +30,23 @@ _FIRST = 1024  # numbers
 
 Holds = dict[str, dict[str, list[int]]]
 """Layer -> name of a joined tensor -> shape of the layer's part of it."""
+
+
+def check_tied(model: nn.Module, target: Target, names: Iterable[str]) -> None:
+    """Check that a weight that had several names in training is one tensor in ``model`` too; names may be missing.
+
+    Otherwise the adapter would change only one of the model's tensors.
+
+    Raises:
+        VerificationError: it is not.
+    """
+    if others := set(names) - set(target.tensors):
+        held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if untied := sorted(others & held):
+            raise VerificationError(
+                untied[0], f"the adapter was trained where it is tied to {target.tensors[0]}, and here it is not",
+                fix="Load the base with tied weights (config.tie_word_embeddings)",
+            )  # fmt: skip
 
 
 def rounding_of(tensor: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from mirrortune.adapters.fingerprint import frozen_digests, num_lost
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import VerificationError
 from mirrortune.tasks.base import task_to_dict
-from tests.tiny_models import tiny_bert
+from tests.tiny_models import tiny_bert, tiny_causal
 from tests.tiny_runs import HEAD, classification, logits
 
 METHODS = ["mirror-scale", "lora", "none", "bitfit"]
@@ -107,3 +107,21 @@ def test_one_of_several_equal_weights_that_differs_is_counted() -> None:
     assert found is not None
     assert num_lost(recorded, found) == 1
     assert num_lost(recorded, recorded + found) == 0, "the base may have others besides"
+
+
+@pytest.mark.parametrize("method", ["mirror", "lora"])
+def test_a_base_in_a_narrower_dtype_is_called_that(tmp_path: Path, method: str) -> None:
+    adapter = read_adapter(written(tmp_path / "adapter", method))
+    with pytest.raises(VerificationError, match=r"trained in float32, the base is loaded in bfloat16.*dtype=float32"):
+        load_into(tiny_bert().bfloat16(), adapter, FactorCache())
+
+
+def test_an_adapter_of_tied_weights_is_refused_where_they_are_not_tied(tmp_path: Path) -> None:
+    tied, untied = (tiny_causal(tie_word_embeddings=is_tied) for is_tied in (True, False))
+    untied.load_state_dict(tied.state_dict())
+    mirrortune.save_adapter(mirrortune.attach(tied, target_modules="embed_tokens"), tmp_path / "adapter")
+    with pytest.raises(
+        VerificationError, match=r"lm_head\.weight: the adapter was trained where it is tied to model\."
+    ):
+        mirrortune.load_adapter(untied, tmp_path / "adapter")
+    mirrortune.load_adapter(tiny_causal(tie_word_embeddings=True), tmp_path / "adapter")
