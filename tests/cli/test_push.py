@@ -215,6 +215,18 @@ def test_a_card_of_a_person_in_the_folder_is_sent(hub: LoopbackHub, desk: Path, 
         assert sent.read_text() == "---\nlicense: mit\n---\n# Mine, from base\n"
 
 
+def test_a_card_of_a_person_is_kept_when_a_merge_is_replaced(desk: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    shutil.copytree(desk / "merged", folder)
+    generated = (folder / "README.md").read_text()
+    for card, expected in (("# Mine\n", "# Mine\n"), ("# Mine\n", "# Mine\n"), (generated, generated)):
+        (folder / "README.md").write_text(card)
+        done = mirrortune("merge", desk / "run", "-o", folder, "--overwrite", cache=desk / "cache")
+        assert done.exit_code == 0, done.stderr
+        assert (folder / "README.md").read_text() == expected
+        assert ("is kept, as it was written or edited by hand" in done.said) is (card != generated)
+
+
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_weights_that_changed_after_the_merge_are_refused(desk: Path, tmp_path: Path, is_recorded: bool) -> None:
     whole = (desk / "merged" / "model.safetensors").read_bytes()
