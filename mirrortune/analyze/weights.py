@@ -196,16 +196,21 @@ class PeftWeights(Weights):
     Attributes:
         base: weights of the base, including layers without a tuner.
         layers: tuner layer of each base tensor that has one.
+        replaced: tensors of ``modules_to_save``, which replace those of the base, by their names in the base.
     """
 
     base: Weights
     layers: dict[str, Any]
+    replaced: dict[str, Tensor]
 
     @override
     def read(self, name: str, part: int | None = None) -> Tensor:
         layer = self.layers.get(name)
         if layer is None:
-            return self.base.read(name, part)
+            own = self.replaced.get(name)
+            if own is None:
+                return self.base.read(name, part)
+            return own if part is None else own[part]
         merged = copy.deepcopy(layer).float()
         merged.merge()
         weight: Tensor = merged.get_base_layer().weight.detach()
@@ -244,12 +249,9 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     except _UNFORESEEN as error:
         text = first_line(error)
         raise ConfigError(label, f"PEFT cannot load it into {base.label} ({text})", fix="Give its own base") from error
-    tuners = {
-        f"{path}.weight": module
-        for path, module in adapted.get_base_model().named_modules()
-        if _is_tuner(module, peft.tuners.tuners_utils.BaseTunerLayer)
-    }
-    names = match_names(base.shapes, tuners)
+    tuners, saved = _parts(adapted, peft)
+    every = match_names(base.shapes, [*tuners, *saved])
+    names = {stored: own for stored, own in every.items() if own in tuners}
     if not names:
         fix = f"Give its own base model. If it is that: {_MERGE_FIRST}"
         raise VerificationError(label, f"none of its layers is in {base.label}", fix=fix)
@@ -258,7 +260,11 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
         problem = f"it adapts {lost[0].removesuffix('.weight')}{more}, whose weight is stored otherwise in {base.label}"
         raise ConfigError(label, problem, fix=_MERGE_FIRST)
     layers = {stored: tuners[own] for stored, own in names.items()}
-    return PeftWeights(label=label, shapes=base.shapes, source=base.source, base=base, layers=layers)
+    replaced = {stored: saved[own] for stored, own in every.items() if own in saved}
+    replaced = {stored: tensor for stored, tensor in replaced.items() if tensor.shape == base.shapes[stored]}
+    return PeftWeights(
+        label=label, shapes=base.shapes, source=base.source, base=base, layers=layers, replaced=replaced
+    )  # fmt: skip
 
 
 def read_config(label: str, folder: Path) -> dict[str, Any]:
@@ -314,6 +320,20 @@ def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, 
     for key in CHOOSE_LAYERS:
         if hasattr(config, key):
             setattr(config, key, None)
+
+
+def _parts(adapted: Any, peft: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the tuner layer of each weight, and the tensors of the modules that the adapter holds whole, by name."""
+    modules, kind = adapted.get_base_model().named_modules(), peft.tuners.tuners_utils.BaseTunerLayer
+    tuners: dict[str, Any] = {}
+    saved: dict[str, Tensor] = {}
+    for path, module in modules:
+        if _is_tuner(module, kind):
+            tuners[f"{path}.weight"] = module
+        elif isinstance(module, peft.utils.ModulesToSaveWrapper):
+            own = module.modules_to_save[adapted.active_adapter]
+            saved |= {f"{path}.{key}": tensor for key, tensor in own.state_dict().items()}
+    return tuners, saved
 
 
 def _is_tuner(module: nn.Module, kind: type) -> bool:

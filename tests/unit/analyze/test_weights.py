@@ -229,6 +229,26 @@ def test_peft_adapters_are_merged_by_peft(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_modules_that_a_peft_adapter_holds_whole_are_not_taken_for_unchanged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = write_tiny_model(tmp_path / "base")
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model, config)
+    trained = adapted.base_model.model.bert.pooler.modules_to_save["default"].dense.weight
+    trained.data += 0.5
+    adapted.save_pretrained(tmp_path / "lora")
+    before, after = open_pair(str(base), str(tmp_path / "lora"), None, None)
+    name = "pooler.dense.weight"
+
+    assert not torch.equal(before.read(name), trained)
+    assert torch.equal(after.read(name), trained)
+    assert torch.equal(after.read(name, 1), trained[1])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("method", ["mirror", "lora"])
 def test_an_adapter_may_lie_in_the_folder_of_its_own_base(tmp_path: Path, method: str) -> None:
     base = write_tiny_model(tmp_path / "base")
