@@ -7,6 +7,7 @@ answer is none if the first token scores higher (Devlin et al. 2019, sections 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,8 +184,13 @@ class Task(TextTask):
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the mean of the cross-entropies of begin and end, targets (B, 2), summed over windows."""
+        """Return the mean of the cross-entropies of begin and end, targets (B, 2), summed over windows.
+
+        Padding is no answer, so that the loss of a window does not depend on the others of its batch.
+        """
         both = torch.cat([outputs.start_logits.float(), outputs.end_logits.float()])
+        is_padding = inputs["attention_mask"] == 0
+        both = both.masked_fill(torch.cat([is_padding, is_padding]), -math.inf)
         return F.cross_entropy(both, targets.T.flatten(), reduction="sum") / 2, targets.shape[0]
 
     @override

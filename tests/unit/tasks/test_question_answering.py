@@ -156,9 +156,31 @@ def test_a_blank_answer_is_none(tokenizer: Any) -> None:
 def test_the_loss_is_the_mean_of_both_ends(tokenizer: Any) -> None:
     task, found = encode(tokenizer, rows(answer("film"), answer("dull")))
     outputs = told(found, [0, 0], [0, 0], by=0.0)
-    loss, items = task.loss({}, outputs, torch.from_numpy(found.targets))
+    loss, items = task.loss(found.batch(np.arange(2)), outputs, torch.from_numpy(found.targets))
     assert items == 2
     assert float(loss) == pytest.approx(2 * np.log(outputs.start_logits.shape[1]))
+
+
+def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer: Any) -> None:
+    table = pa.table({"question": ["was it good ?"] * 2, "context": [CONTEXT, "the film was fun"],
+                      "answers": [answer("film"), answer("film", 4)]})  # fmt: skip
+    task, found = encode(tokenizer, table)
+    batch = found.batch(np.arange(2))
+    length = int(batch["attention_mask"][1].sum())
+    logits = torch.randn(2, *batch["attention_mask"].shape, requires_grad=True)
+    assert length < logits.shape[2]
+
+    alone = found.batch(np.array([1]))
+    own = SimpleNamespace(start_logits=logits[0, 1:, :length], end_logits=logits[1, 1:, :length])
+    both = SimpleNamespace(start_logits=logits[0], end_logits=logits[1])
+    first = SimpleNamespace(start_logits=logits[0, :1], end_logits=logits[1, :1])
+    loss = task.loss(batch, both, batch["targets"])[0]
+    rest = task.loss(found.batch(np.array([0])), first, batch["targets"][:1])[0]
+    assert torch.allclose(loss - rest, task.loss(alone, own, alone["targets"])[0])
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[:, 1, length:].any()
 
 
 @pytest.mark.parametrize(
