@@ -20,6 +20,8 @@ from mirrortune.analyze.spectra.summary import SHARES, Curve, MatrixGroup, mean_
 BUDGETS = (0.0003, 0.001, 0.01, 0.1)
 _WORDS = {"amplification": "amplification", "reorientation": "re-orientation", "new": "new directions"}
 _AGREE = 0.75
+_ROUNDING = 1e-6
+"""Change of a sum of singular values or of a subspace, relative to itself, that may be the rounding of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +59,10 @@ def claims(found: Sequence[MatrixComparison]) -> list[Claim]:
     return [
         _claim(
             "the top singular values are amplified",
-            "their sum grows, and grows by a larger share than the middle's and the tail's",
+            "their sum grows by more than rounding, and by a larger share than the middle's and the tail's",
             f"top {value('top'):+.2%}, middle {value('middle'):+.2%}, tail {value('tail'):+.2%} (medians)",
             usable,
-            lambda c: c.value_change["top"] > max(0.0, c.value_change["middle"], c.value_change["tail"]),
+            lambda c: c.value_change["top"] > max(_ROUNDING, c.value_change["middle"], c.value_change["tail"]),
         ),
         _claim(
             "the other singular values are nearly unchanged",
@@ -72,11 +74,11 @@ def claims(found: Sequence[MatrixComparison]) -> list[Claim]:
         ),
         _claim(
             "the dominant singular vectors are re-oriented",
-            "the top subspace keeps less of itself than the tail half does",
+            "the top subspace keeps less of itself than the tail half does, by more than rounding",
             f"top vectors turned by {middle(usable, mean_turn):.2f} degrees; of the subspaces stayed: "
             f"top {kept('top'):.2%}, tail {kept('tail'):.2%} (medians)",
             usable,
-            lambda c: c.kept["top"] < c.kept["tail"],
+            lambda c: c.kept["tail"] - c.kept["top"] > _ROUNDING,
         ),
         _claim(
             "the non-dominant subspace is stable",
