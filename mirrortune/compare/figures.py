@@ -10,6 +10,7 @@ from typing import Any
 
 from mirrortune.compare.grid import slug
 from mirrortune.reports.drawing import MARKERS, Drawing, legend_beside, tidy
+from mirrortune.tasks.metrics import METRICS
 
 # More colours than the figures of a run need, from Paul Tol's schemes, which can be told apart with colour-blindness.
 # In greyscale, markers distinguish the methods.
@@ -42,7 +43,8 @@ def _per_task(tasks: dict[str, Any]) -> Drawing:
         panels = figure.subplots(1, len(tasks), squeeze=False).flat
         for axis, (task, found) in zip(panels, tasks.items(), strict=True):
             split = found["splits"][-1]
-            methods = sorted(_finished(found).items(), key=lambda item: item[1]["reported"][split]["mean"])
+            sign = 1 if METRICS[found["metric"]].higher_is_better else -1
+            methods = sorted(_finished(found).items(), key=lambda item: sign * item[1]["reported"][split]["mean"])
             for place, (label, method) in enumerate(methods):
                 score = method["reported"][split]
                 colour, marker = _style(found, label)
@@ -53,7 +55,9 @@ def _per_task(tasks: dict[str, Any]) -> Drawing:
             axis.margins(y=0.5 / max(1, len(methods)))
             tidy(axis)
 
-    caption = "Score of every method: mean and standard deviation over its seeds, and a mark for each seed."
+    caption = (
+        "Score of every method, the best on top: mean and standard deviation over its seeds, and a mark for each seed."
+    )
     size = (1.5 + 4.5 * len(tasks), 1.2 + 0.32 * rows)
     return Drawing(name="score_per_task", caption=caption, size=size, draw=draw)
 

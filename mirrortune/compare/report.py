@@ -103,10 +103,11 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """Render the tables of all tasks as Markdown."""
     parts = []
-    for task, found in _finished(results):
-        scores, rates = _scores_table(found).markdown(has_code=True), _rates_table(found).markdown(has_code=True)
+    for task, found in _begun(results):
+        scores = [_scores_table(found).markdown(has_code=True), ""] if found["splits"] else []
+        rates = _rates_table(found).markdown(has_code=True)
         parts.append("\n".join([
-            f"### {task}", "", scores, "", _caption(results, found), "", rates, "", _rates_caption(results, found), "",
+            f"### {task}", "", *scores, _caption(results, found), "", rates, "", _rates_caption(results, found), "",
         ]))  # fmt: skip
     return "\n".join(parts)
 
@@ -114,17 +115,19 @@ def markdown(results: dict[str, Any]) -> str:
 def comparison_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
     """Build the page with the tables of all tasks and the figures."""
     parts = []
-    for task, found in _finished(results):
+    for task, found in _begun(results):
         caption = _caption(results, found).replace("`", "")
-        parts += [html.heading(task), _scores_table(found).html(), html.paragraph(caption)]
+        parts += [html.heading(task), *([_scores_table(found).html()] if found["splits"] else [])]
+        parts += [html.paragraph(caption)]
         parts += [_rates_table(found).html(), html.paragraph(_rates_caption(results, found))]
     parts += [html.heading("Figures"), *map(html.figure, drawings)]
     return html.page("A comparison of methods", results["command"], *parts)
 
 
-def _finished(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the tasks that have finished runs."""
-    return [(task, found) for task, found in results["tasks"].items() if found["splits"]]
+def _begun(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the tasks that have finished or diverged runs, also if no learning rate has been chosen yet."""
+    tasks = results["tasks"].items()
+    return [(task, found) for task, found in tasks if any(m["tuning"] for m in found["methods"].values())]
 
 
 def _scores_table(found: dict[str, Any]) -> Table:
@@ -192,6 +195,8 @@ def _rates_table(found: dict[str, Any]) -> Table:
 
 def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     count = len(results["tune_seeds"])
+    if not found["metric"]:  # all runs diverged
+        return ""
     return (
         f"What chose the learning rates (* is the chosen one): {found['metric']}, and the loss, on the rows for "
         f"choosing; mean over {count} seed{'s' * (count != 1)}."
@@ -206,17 +211,25 @@ def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
 
 def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     env, seeds = results["environment"], len(results["seeds"])
+    lost = [f"`{label}` ({_lacking(m)})" for label, m in found["methods"].items() if m["diverged"] and not m["seeds"]]
+    waiting = [f"`{label}`" for label, m in found["methods"].items() if m["lr"] is None]
+    left_out = [
+        *([f"Left out: {', '.join(lost)}"] if lost else []),
+        *([f"Left out until their learning rates are chosen, which takes more runs: {', '.join(waiting)}"]
+          if waiting else []),
+    ]  # fmt: skip
+    if not found["splits"]:
+        return " ".join(f"{sentence}." for sentence in left_out)
     what = "Score of one seed" if seeds == 1 else f"Mean and standard deviation over {seeds} seeds"
     times = ", times 100" if METRICS[found["metric"]].is_share else ""
     by = " by the loss" if results["choose_by"] == "loss" else ""
     both = ", ".join(name.removesuffix(_CHOSEN_ON_IT) for name in found["chosen_on"])
     on = f"rows that are also reported ({both})" if both else "rows that are not reported"
     rows = ", ".join(f"{counted(n, 'row')} of {name}" for name, n in found["rows"].items() if n)
-    lost = [f"`{label}` ({_lacking(m)})" for label, m in found["methods"].items() if m["diverged"] and not m["seeds"]]
     sentences = [
         f"{what}{times}; learning rates chosen with {counted(len(results['tune_seeds']), 'seed')}{by} on {on}"
         f"{f'; scored on {rows}' if rows else ''}",
-        *([f"Left out: {', '.join(lost)}"] if lost else []),
+        *left_out,
         *([_tested(found, seeds)] if len(found["methods"]) > 1 else []),
         f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}",
     ]
@@ -227,6 +240,8 @@ def _tested(found: dict[str, Any], seeds: int) -> str:
     """Describe how the methods are tested against the reference."""
     if seeds == 1:
         return f"Difference to `{found['reference']}`; it is not tested with one seed"
+    if found["splits"][-1] not in found["tests"]:
+        return f"No method is tested against `{found['reference']}`, which lacks results of some seeds"
     t_test, tests = "a paired t-test over seeds (Holm, p < 0.05)", found["tests"].get(found["splits"][-1], [])
     if tests and all(test["low"] is None for test in tests):
         what = "probabilities" if METRICS[found["metric"]].takes_probabilities else "predictions"
@@ -246,7 +261,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
     finished = {label: m for label, m in methods.items() if m["seeds"]}
     _check_alike(task, {label: (m["metric"], tuple(m["reported"])) for label, m in finished.items()})
     any_result = next((m for m in finished.values()), None)
-    metric = any_result["metric"] if any_result else ""
+    metric = any_result["metric"] if any_result else _tuned_metric(comparison, task)
     splits = list(any_result["reported"]) if any_result else []
     reference = comparison.grid.contenders[0].label
     complete = [label for label, m in finished.items() if m["seeds"] == list(comparison.grid.seeds)]
@@ -330,6 +345,13 @@ def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Scor
         "score": float(np.mean([m[selected] for m in metrics])),
         "loss": float(np.mean([m["loss"] for m in metrics])),
     }
+
+
+def _tuned_metric(comparison: Comparison, task: str) -> str:
+    """Return the metric of a task of which no learning rate has been chosen; empty if no run has finished."""
+    grid = comparison.grid
+    cells = (Cell(task, who.label, lr, seed) for who in grid.contenders for lr in who.lrs for seed in grid.tune_seeds)
+    return next((r["selection_metric"] for cell in cells if (r := comparison.result(cell)) is not None), "")
 
 
 def _check_alike(where: str, scored: dict[str, tuple[str, tuple[str, ...]]]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mirrortune.compare.figures import comparison_drawings
 from mirrortune.compare.grid import Cell, make_grid
 from mirrortune.compare.report import write_report
 from mirrortune.compare.run import Comparison
@@ -84,6 +85,54 @@ def test_the_row_of_an_unfinished_method_says_so(tmp_path: Path) -> None:
     _, table = report(compared)
     assert row(table, "mirror")[2:4] == ["50.0 (1 of 3 seeds, 2 not finished)", "-"]
     assert row(table, "none")[2:4] == ["50.0 (1 of 3 seeds, 2 not finished)", "not tested"]
+
+
+def test_a_method_whose_rate_is_not_chosen_yet_is_named(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=1, methods="mirror:lr=0.1/0.3,none,svft")
+    finish(compared, "mirror:lr=0.1/0.3", 0, 0.5, "test")
+    found, table = report(compared)
+    assert found["metric"] == "accuracy"
+    missing = "`mirror:lr=0.1/0.3`, `none`, `svft`"
+    assert f"Left out until their learning rates are chosen, which takes more runs: {missing}.\n" in table
+    assert "| `mirror:lr=0.1/0.3` | 50.0 (1.000) |" in table
+    assert "Left out until" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    finish(compared, "none", 0, 0.75, "test")
+    _, table = report(compared)
+    assert row(table, "none")[2:4] == ["75.0", "not tested"]
+    assert "takes more runs: `mirror:lr=0.1/0.3`, `svft`. " in table
+
+
+def test_a_comparison_of_which_every_run_diverged_says_so(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=1)
+    diverge(compared, "mirror", 0)
+    diverge(compared, "none", 0)
+    _, table = report(compared)
+    assert "Left out: `mirror` (0 of 1 seed, 1 diverged), `none` (0 of 1 seed, 1 diverged)." in table
+    assert "| `mirror` | diverged |" in table
+
+
+def test_nothing_is_tested_against_a_method_that_lacks_seeds(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=2)
+    diverge(compared, "mirror", 1)
+    for label, seed in (("mirror", 0), ("none", 0), ("none", 1)):
+        finish(compared, label, seed, 0.5, "test")
+    _, table = report(compared)
+    assert row(table, "none")[3] == "not tested"
+    assert "No method is tested against `mirror`, which lacks results of some seeds. " in table
+
+
+@pytest.mark.parametrize(("metric", "order"), [("accuracy", ["mirror", "none"]), ("log_loss", ["none", "mirror"])])
+def test_the_best_method_is_on_top_of_the_figure(tmp_path: Path, metric: str, order: list[str]) -> None:
+    from matplotlib.figure import Figure
+
+    compared = comparison(tmp_path, seeds=1)
+    finish(compared, "mirror", 0, 0.25, "test", metric=metric)
+    finish(compared, "none", 0, 0.75, "test", metric=metric)
+    results = write_report(compared, "")
+    figure = Figure()
+    comparison_drawings(results, {})[0].draw(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == order
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
