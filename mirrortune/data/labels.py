@@ -22,6 +22,7 @@ from mirrortune.errors import ConfigError, DataError, did_you_mean
 MISSING = -1
 # A column with more distinct values than this, and more than one for every two rows, is a text or an id, not a label.
 _MANY_CLASSES = 50
+_FLAGS = frozenset(("0", "1", "True", "False", "true", "false"))  # entries of vectors that mark the classes of a row
 
 
 def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def label_sets(
 
     Args:
         table: the rows; ``column`` holds lists of classes, or there is a column of 0 and 1 for each class.
-        column: column of lists, or the name of the first class.
+        column: column of lists or of single classes, or the name of the first class.
         names: class names.
         places: places of the rows, for messages.
 
@@ -154,15 +155,43 @@ def label_sets(
     """
     if column in names and not is_list(table.schema.field(column).type):
         return _flags(table, names, places)
+    refuse_multi_hot(table, column, places.source)
     reading, index = LabelReading.of(table, column, names), {name: i for i, name in enumerate(names)}
     found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
     for number, row in enumerate(cells(table, column)):
-        for name in (reading.name(value) for value in row or ()):
+        held = row if isinstance(row, list) else [] if row is None else [row]  # new rows may have one label each
+        for name in map(reading.name, held):
             if name is not None and name not in index:
                 raise _unknown_label(name, names, places.where(number))
             if name is not None:
                 found[number, index[name]] = 1.0
     return found, nulls(table, column)
+
+
+def refuse_multi_hot(table: pa.Table, column: str, source: str) -> None:
+    """Raise a DataError if the lists of a column are vectors of 0 and 1, an entry for each class.
+
+    Read as lists of classes they would be sets of two classes, ``0`` and ``1``. Lists of classes do not repeat a class.
+    """
+    if feature_names(table, column):
+        return
+    repeats, lengths, shown = False, set[int](), list[Any]()
+    for row in cells(table, column):
+        if row is None:
+            continue
+        if not isinstance(row, list) or not row or any(as_name(value) not in _FLAGS for value in row):
+            return
+        lengths.add(len(row))
+        if len({as_name(value) for value in row}) < len(row):
+            repeats, shown = True, shown or row
+    if repeats and len(lengths) == 1:
+        (length,) = lengths
+        raise DataError(
+            source, f"column '{column}' holds lists of 0 and 1 for {length} classes, such as {str(shown)[:80]}",
+            allowed="lists of the classes that a row has, such as ['b', 'c'] or [1, 2]; "
+            "or a column of 0 and 1 for each class, named by task.labels",
+            fix="Write the rows so",
+        )  # fmt: skip
 
 
 def _unknown_label(name: str, names: Sequence[str], where: str) -> DataError:

@@ -93,6 +93,8 @@ def split_summary(examples: Examples, task: Task) -> Iterator[str]:
     labels = _shown_classes(task)
     if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
         yield f"classes: {_balance(np.bincount(targets[targets >= 0], minlength=len(labels)), labels)}"
+    elif isinstance(task, OneOfClasses) and isinstance(targets, np.ndarray) and targets.ndim == 2:
+        yield f"classes, several for a row: {_balance(task.class_counts(examples), labels, len(examples))}"
     lengths = examples.lengths
     if lengths.min() < lengths.max():
         counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
@@ -169,9 +171,9 @@ def _numbers(values: Tensor) -> str:
     return " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown) + more
 
 
-def _balance(counts: Any, labels: tuple[str, ...]) -> str:
-    order = np.argsort(-counts, kind="stable")
-    said = [f"{labels[i]} {counts[i]:,} ({counts[i] / max(1, counts.sum()):.0%})" for i in order[:_CLASSES]]
+def _balance(counts: Any, labels: tuple[str, ...], rows: int | None = None) -> str:
+    order, whole = np.argsort(-counts, kind="stable"), max(1, counts.sum() if rows is None else rows)
+    said = [f"{labels[i]} {counts[i]:,} ({counts[i] / whole:.0%})" for i in order[:_CLASSES]]
     if len(order) > _CLASSES:
         last = order[-1]
         said.append(f"{len(order) - _CLASSES} more, the rarest {labels[last]} with {counts[last]:,}")

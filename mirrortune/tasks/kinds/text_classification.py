@@ -35,6 +35,7 @@ from mirrortune.data.labels import (
     label_remarks,
     label_sets,
     refuse_missing,
+    refuse_multi_hot,
 )
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
@@ -191,6 +192,8 @@ class Task(TextTask, OneOfClasses):
 
 
 def _names(table: pa.Table, label: str, source: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    if is_list(table.schema.field(label).type):
+        refuse_multi_hot(table, label, source)
     found = {name for row in cells(table, label) for name in map(as_name, row or ()) if name} if not given else ()
     names = given or feature_names(table, label) or tuple(in_order(set(found)))
     if len(names) < 2:

@@ -15,6 +15,7 @@ import torch
 from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.runs.prepare import split_summary
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import Scores, score
 
@@ -44,6 +45,40 @@ def test_a_column_for_each_class_is_the_same(tokenizer: Any) -> None:
     assert task.multi_label
     assert task.columns() == [("text", "text"), ("label", "rude"), ("label", "loud")]
     assert encode(tokenizer, task, COLUMNS).targets.tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 0], [0, 1, 1]], [[1.0, 0.0], [0.0, 0.0]], [[True, True], [False, True]]])
+def test_vectors_of_0_and_1_are_not_read_as_lists_of_classes(tokenizer: Any, rows: list[list[Any]]) -> None:
+    table = pa.table({"text": ["a film", "the plot"], "topics": rows})
+    with pytest.raises(DataError, match=r"'topics' holds lists of 0 and 1 for [23] classes, such as \["):
+        KIND.from_rows(table, "rows.jsonl", label_column="topics")
+
+    numbers = pa.table({"text": ["x", "y"], "topics": [[0, 1], [1]]})
+    task = KIND.from_rows(numbers, "rows.jsonl", label_column="topics")[0]
+    assert encode(tokenizer, task, numbers).targets.tolist() == [[1, 1], [0, 1]]
+    with pytest.raises(DataError, match="lists of 0 and 1"):
+        encode(tokenizer, task, pa.table({"text": ["x", "y"], "topics": [[0, 0], [1, 0]]}))
+
+
+def test_a_cell_of_one_class_is_a_list_of_it(tokenizer: Any) -> None:
+    task = KIND.from_rows(LISTS, "rows.jsonl", label_column="topics")[0]
+    one = pa.table({"text": ["x", "y"], "topics": ["a", " c"]})
+    assert encode(tokenizer, task, one).targets.tolist() == [[1, 0, 0], [0, 0, 1]]
+    with pytest.raises(DataError, match=r"row 1: label 'abc' is not among the classes"):
+        encode(tokenizer, task, pa.table({"text": ["x"], "topics": ["abc"]}))
+
+    numbers = pa.table({"text": ["x", "y"], "topics": [[0, 1], [2]]})
+    task = KIND.from_rows(numbers, "rows.jsonl", label_column="topics")[0]
+    assert encode(tokenizer, task, pa.table({"text": ["x", "y"], "topics": [0, 2]})).targets.tolist() == [
+        [1, 0, 0],
+        [0, 0, 1],
+    ]
+
+
+def test_the_classes_of_rows_with_several_are_counted(tokenizer: Any) -> None:
+    task = KIND.from_rows(LISTS, "rows.jsonl", label_column="topics")[0]
+    first = next(split_summary(encode(tokenizer, task, LISTS), task))
+    assert first == "classes, several for a row: a 1 (33%), b 1 (33%), c 1 (33%)"
 
 
 def test_the_loss_is_over_every_class() -> None:
