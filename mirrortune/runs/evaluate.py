@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
 from mirrortune.runs.index_checks import check_rows
 from mirrortune.runs.load import Evaluable, load_evaluable
+from mirrortune.runs.results import data_changes
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.runs.size import default_eval_batch
 from mirrortune.system.atomic import clear_leftovers, write_text_atomically
@@ -32,6 +33,7 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
+from mirrortune.system.run_directory import run_of
 from mirrortune.tasks.base import Answers, Task, check_columns, reading_like, with_label_columns
 from mirrortune.tasks.classes import classes_of
 from mirrortune.training.evaluate import evaluate_split
@@ -126,6 +128,8 @@ def _evaluate(
     for note in remarks_on(data, found.task.columns()):
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
+    if is_own_data and (changed := why_mixed(adapter_folder, data, [rows])):
+        reporter.note(changed)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
@@ -191,6 +195,27 @@ def load_target(
     for note in (*by_force, *found.notes):
         reporter.note(note)
     return found
+
+
+def why_mixed(adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split]) -> str | None:
+    """Return a warning if ``chosen`` holds a part of a split that training divided, and not the part of training.
+
+    The division depends on the rows, so if these have changed, validation rows may have been trained on.
+
+    Args:
+        adapter_folder: adapter of the run, or None for a plain model, of which nothing is known.
+        data: the run's data as it is now.
+        chosen: splits of ``data``, or parts of them.
+    """
+    run = None if adapter_folder is None else run_of(adapter_folder)
+    are_parts = any(all(known is not rows for known in data.splits.values()) for rows in chosen)
+    changes = data_changes(run, data.origin) if run is not None and are_parts else []
+    if not changes:
+        return None
+    return (
+        f"warning: the data is not that of the run ({'; '.join(changes)}), so other rows are set aside than in "
+        "training: some of these rows may have been trained on"
+    )
 
 
 def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:

@@ -192,6 +192,21 @@ def check_same_data(
         raise ConfigError(where, f"the data is not that of the run: {'; '.join(changes)}", fix=fix)
 
 
+def data_changes(run: RunDirectory, origin: dict[str, Any]) -> list[str]:
+    """Return the files of a run's data that have changed since, by the ``origin`` of the same data as it is now."""
+    known = read_json(run.path / _ENVIRONMENT).get("data")
+    before, now = (
+        {key: value for key, value in _leaves(json.loads(json.dumps(each))) if _is_of_rows(key)}
+        for each in (known if isinstance(known, dict) else {}, origin)
+    )
+    return [_change(key, before, now) for key in sorted({*before, *now}) if before and before.get(key) != now.get(key)]
+
+
+def _is_of_rows(key: tuple[str, ...]) -> bool:
+    """Return whether a part of an origin identifies rows, among which training and validation rows are drawn."""
+    return key[0] not in ("media", "validation") and any("sha256" in part or part == "commit" for part in key)
+
+
 def check_same_base(
     digests: dict[str, str], run: RunDirectory, *, where: str = "--resume", otherwise: str = _ANEW
 ) -> None:

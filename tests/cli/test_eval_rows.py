@@ -44,6 +44,22 @@ def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path, d
     assert by_name == validation
 
 
+def test_rows_set_aside_of_data_that_has_changed_are_scored_with_a_warning(desk: Path, tiny_model_dir: Path) -> None:
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1, "-o", "run"]
+    assert mirrortune("train", *words).exit_code == 0
+    assert "the data is not that of the run" not in mirrortune("eval", "run").said
+    write_table(desk / "reviews.csv", reviews(70))
+
+    scored, answered = mirrortune("eval", "run"), mirrortune("predict", "run", "--split", "validation")
+
+    for outcome in (scored, answered):
+        assert outcome.exit_code == 0
+        assert "warning: the data is not that of the run (reviews.csv has changed), so other rows" in outcome.said
+    write_table(desk / "new.csv", reviews(35))
+    for words in (["eval", "run", "-d", "new.csv"], ["predict", "run", "-d", "reviews.csv"]):
+        assert "the data is not that of the run" not in mirrortune(*words).said
+
+
 def test_rows_of_a_validation_split_that_was_trained_on_are_not_scored_as_validation(
     desk: Path, tiny_model_dir: Path
 ) -> None:
