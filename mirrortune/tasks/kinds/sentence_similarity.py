@@ -43,7 +43,7 @@ _PAIRS = (
     ("anchor", "positive"), ("query", "positive"), ("query", "document"), ("query", "passage"), ("question", "answer"),
 )  # fmt: skip
 _SCORED = (("sentence1", "sentence2"), ("text1", "text2"), ("text_a", "text_b"), ("question1", "question2"))
-_SCORES = ("score", "similarity", "similarity_score", "label")
+_SCORES = ("score", "similarity", "similarity_score", "is_duplicate", "label")
 _CONTRADICTS = "contradiction"  # a class of natural language inference, whose index is no score
 _NEGATIVE = re.compile(r"(hard_)?negative_?\d*", re.IGNORECASE)
 _CORRELATION = ("spearmanr", "pearson"), "number"
@@ -364,7 +364,7 @@ class Task(TextTask, ComparesRows):
     def _scores(self, split: Split) -> npt.NDArray[np.float32]:
         found = np.full(split.table.num_rows, np.nan, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column or "")):
-            number = number_of(value)
+            number = float(value) if isinstance(value, bool) else number_of(value)
             if number is None and str("" if value is None else value).strip().lower() not in ("", "nan"):
                 raise DataError(
                     split.places.where(row), f"score {value!r} in column '{self.label_column}' is not a number",
@@ -384,12 +384,12 @@ def _find_texts(table: pa.Table, *, has_score: bool) -> tuple[str, ...]:
 
 
 def _find_score(table: pa.Table, text: Sequence[str]) -> str | None:
-    """Find the column of numbers with the name of a score; return None if the texts are not a plain pair."""
+    """Find the column with the name of a score, which a ``label`` is if it holds numbers; None if there is no pair."""
     if len(text) != 2 or text[1].lower() == "positive":
         return None
-    names = {name.lower(): name for name in table.column_names if name not in text}
-    known = contents(table)
-    fitting = [names[n] for n in _SCORES if n in names and names[n] in known and known[names[n]].is_number]
+    known = {name.lower(): column for name, column in contents(table).items() if name not in text and column.rows}
+    # Pairs with a score that cannot be read (4,2 or 90%) would be learned as pairs that belong together.
+    fitting = [known[n].name for n in _SCORES if n in known and (known[n].is_number or n != "label")]
     return next((name for name in fitting if not has_class(table, name, _CONTRADICTS)), None)
 
 

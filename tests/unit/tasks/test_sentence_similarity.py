@@ -294,6 +294,22 @@ def test_a_column_of_lists_is_no_score_and_no_verdict(scores: list[Any]) -> None
     assert task.label_column is None
 
 
+@pytest.mark.parametrize("name", ["score", "Similarity", "is_duplicate"])
+@pytest.mark.parametrize("values", [["4,2", "0,4", "3"], ["90%", "5%", "10%"], ["yes", "no", "yes"]])
+def test_scores_that_are_no_numbers_are_refused_and_not_left_out(name: str, values: list[Any]) -> None:
+    table = pa.table({**PAIRS, name: values})
+    task, _ = KIND.from_rows(table, "rows")
+    assert task.label_column == name
+    with pytest.raises(DataError, match=rf"row 1: score .* in column '{name}' is not a number"):
+        task.strata(Split(table=table, source="rows"))
+
+
+def test_true_and_false_are_scores() -> None:
+    table = pa.table({**PAIRS, "is_duplicate": [True, False, True]})
+    task, _ = KIND.from_rows(table, "rows")
+    assert task._targets(Split(table=table, source="rows"), allow_missing=False).tolist() == [1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("columns", [{"score": [1, 1, 1]}, {"sentence2": ["fun", "fun", "fun"]}])
 def test_rows_without_anything_to_compare_are_remarked_on(columns: dict[str, Any]) -> None:
     _, notes = KIND.from_rows(pa.table({**PAIRS, **columns}), "rows")
