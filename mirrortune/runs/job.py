@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns, labels_of
-from mirrortune.tasks.classes import with_outputs
+from mirrortune.tasks.classes import output_names, with_outputs
 from mirrortune.tasks.objective import Objective, make_objective
 from mirrortune.training.evaluate import generates
 from mirrortune.training.optim import check_matrices, moments_per_number
@@ -162,7 +163,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     if _has_head(source, task):
         task, more = with_outputs(task, source.config, is_given=settings.task.labels is not None)
         notes = [*notes, *more]
-    for text in notes:
+    for text in (*notes, *_says_new_head(source, task)):
         reporter.note(text)
     rows = replace(rows, task=task)
     base = _size(settings, rows, source, reporter)
@@ -188,9 +189,25 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
 
 def _has_head(source: ModelSource, task: Task) -> bool:
     """Return whether the checkpoint has a head of the task's kind and size, which training continues."""
+    return len(labels_of(task)) == _outputs_of_head(source, task)
+
+
+def _outputs_of_head(source: ModelSource, task: Task) -> int | None:
+    """Return the number of outputs of the checkpoint's head; None if it has no head of the task's kind."""
     names, outputs = getattr(source.config, "architectures", None) or (), getattr(source.config, "num_labels", None)
     kind = task.auto_class.removeprefix("AutoModel")
-    return len(labels_of(task)) == outputs and any(str(name).endswith(kind) for name in names)
+    return outputs if labels_of(task) and any(str(name).endswith(kind) for name in names) else None
+
+
+def _says_new_head(source: ModelSource, task: Task) -> Iterator[str]:
+    """Yield a note if the head of the checkpoint is of the task's kind, but has another size and is replaced."""
+    outputs, classes = _outputs_of_head(source, task), len(labels_of(task))
+    if outputs is not None and outputs != classes:
+        shown = ", ".join(output_names(source.config)[:8])
+        yield (
+            f"the model's head has {outputs} outputs{f' ({shown})' if shown else ''}, the data {classes} classes: a "
+            f"new head is trained; a list of {outputs} in task.labels continues the old one"
+        )
 
 
 def _with_new_tokens(tokens: tuple[str, ...], source: ModelSource, task: Task, reporter: Reporter) -> ModelSource:

@@ -181,10 +181,15 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
     ours, theirs = ({form(name): name for name in names} for names in (labels, outputs))
     is_known = set(ours) <= set(theirs) and (len(ours), len(theirs)) == (len(labels), len(outputs))
     if not is_known and len(labels) == len(outputs):
-        pairs = [f"{theirs} = {ours}" for theirs, ours in zip(outputs, labels, strict=True) if theirs != ours]
+        found, how = labels, "matched by position"
+        if not is_given and len(ours) == len(theirs) == len(labels) and ours.keys() & theirs.keys():
+            rest = iter(name for form_of, name in ours.items() if form_of not in theirs)
+            found = tuple(ours[name] if name in ours else next(rest) for name in theirs)
+            how = "matched by name where they have one, else by position"
+        pairs = [f"{theirs} = {ours}" for theirs, ours in zip(outputs, found, strict=True) if theirs != ours]
         shown = ", ".join(pairs[:_SHOWN]) + (f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else "")
-        text = f"the model's classes have other names and are matched by position: {shown} (task.labels sets the order)"
-        return task, [text] if pairs else []
+        text = f"the model's classes have other names and are {how}: {shown} (task.labels sets the order)"
+        return task if found == labels else _in_order(task, found, labels), [text] if pairs else []
     if not is_known:
         return task, []
     found = tuple(ours.get(name, theirs[name]) for name in theirs)
@@ -193,8 +198,13 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
         return replace(task, labels=found), []  # type: ignore[type-var]
     if is_given:
         return task, [f"task.labels is not the order of the model's classes, which is {', '.join(outputs)}"]
+    return _in_order(task, found, data), [f"classes in the order of the model's outputs: {', '.join(found)}"]
+
+
+def _in_order(task: Task, outputs: tuple[str, ...], data: tuple[str, ...]) -> Task:
+    """Return the task with its classes in the order of the outputs, and answers in the order of the data."""
     own = {"data_labels": data} if isinstance(task, OneOfClasses) else {}
-    return replace(task, labels=found, **own), [f"classes in the order of the model's outputs: {', '.join(found)}"]  # type: ignore[type-var]
+    return replace(task, labels=outputs, **own)  # type: ignore[type-var]
 
 
 def _plain(name: str) -> str:

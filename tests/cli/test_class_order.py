@@ -156,6 +156,21 @@ def test_other_names_are_matched_by_position_and_this_is_said(model: Path, desk:
     assert given.data["metrics"]["accuracy"] == pytest.approx(share)
 
 
+def test_a_head_of_another_size_is_replaced_and_this_is_said(desk: Path, tiny_model_dir: Path) -> None:
+    model = write_classifier(desk / "three", ("neutral", *NAMES))
+    words = ["-t", "text-classification", "-d", "reviews.csv", "--dry-run"]
+    said = (
+        "the model's head has 3 outputs (neutral, positive, negative), the data 2 classes: a new head is trained; a "
+        "list of 3 in task.labels continues the old one"
+    )
+
+    assert said in mirrortune("prepare", "-m", model, *words).stderr
+    named = mirrortune("prepare", "-m", model, *words, "task.labels=[neutral, positive, negative]")
+    assert named.exit_code == 0
+    assert "the model's head" not in named.stderr
+    assert "the model's head" not in mirrortune("prepare", "-m", tiny_model_dir, *words).stderr
+
+
 def test_rows_of_one_class_can_be_scored(model: Path, desk: Path) -> None:
     lines = (desk / "data" / "validation.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (desk / "one.csv").write_text("".join([lines[0], *(line for line in lines if ",positive" in line)]))

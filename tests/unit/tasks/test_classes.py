@@ -133,7 +133,9 @@ def _named(*outputs: str) -> SimpleNamespace:
         (("B", " a "), ("b", "a"), ("a", "b")),
         (("LABEL_0", "LABEL_1"), ("a", "b"), ()),
         (("c", "b", "a"), ("c", "b", "a"), ("a", "b", "c")),  # more than the rows have
-        (("x", "a"), ("a", "b"), ()),
+        (("x", "a"), ("b", "a"), ("a", "b")),  # the output of a is that of a, so x is the other one
+        (("x", "B"), ("a", "b"), ()),
+        (("x", "y"), ("a", "b"), ()),
         (("a", "A"), ("a", "b"), ()),
         (("b",), ("a", "b"), ()),
         (("a b", "A_B"), ("a", "b"), ()),
@@ -146,6 +148,21 @@ def test_classes_take_the_order_of_the_outputs(
 
     assert (task.labels, task.data_labels) == (labels, data_labels)  # type: ignore[attr-defined]
     assert task_from_dict(task_to_dict(task)) == task
+
+
+def test_classes_that_the_model_has_keep_their_outputs_beside_new_ones() -> None:
+    given, named = classification(labels=("mixed", "neg", "pos")), _named("neg", "neu", "Pos")
+
+    found, notes = with_outputs(given, named, is_given=False)
+    kept, said = with_outputs(given, named, is_given=True)
+
+    assert (found.labels, classes_of(found)) == (("neg", "mixed", "pos"), given.labels)  # type: ignore[attr-defined]
+    assert notes == [
+        "the model's classes have other names and are matched by name where they have one, else by position: "
+        "neu = mixed, Pos = pos (task.labels sets the order)"
+    ]
+    assert kept == given
+    assert "matched by position: neg = mixed, neu = neg, Pos = pos" in said[0]
 
 
 def test_answers_are_in_the_order_of_the_data() -> None:
