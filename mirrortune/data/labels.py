@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +63,21 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
             f"label column '{column}' holds numbers, such as {names[0]}, each of which is one class; "
             "to predict numbers, use --task regression"
         )
+    alike = (", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in g) for g in _alike(names))
+    notes += [f"warning: classes that are told apart, but look alike: {found}" for found in alike]
     reading = LabelReading.of(table, column, names)
     if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
         notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")
     return notes
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """Return the groups of names that differ only in case, white space, invisible signs or the coding of accents."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        seen = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
+        found.setdefault(" ".join(seen.casefold().split()), []).append(name)
+    return [group for group in found.values() if len(group) > 1]
 
 
 def headless(column: str, like: str) -> str:
@@ -298,6 +310,8 @@ def as_name(value: Any) -> str | None:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, bytes):  # what some writers of parquet store as text
+        value = value.decode("utf-8", "backslashreplace")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() or None

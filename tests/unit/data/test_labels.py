@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class labels as exports write them: names that look alike, and names as bytes."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from mirrortune.data.files.row_places import FileRows, RowPlaces
+from mirrortune.data.labels import class_indices, class_names, label_remarks
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("Spam", "ham", "spam"), "'Spam', 'spam'"),
+        (("a", "a\u200b", "b"), r"'a', 'a\u200b'"),
+        (("caf\u00e9", "cafe\u0301", "tea"), "'caf\u00e9', 'cafe\\u0301'"),
+        (("new  york", "new york", "rome"), "'new  york', 'new york'"),
+    ],
+)
+def test_classes_that_look_alike_are_warned_of(names: tuple[str, ...], shown: str) -> None:
+    table = pa.table({"text": ["x"] * len(names), "label": names})
+    assert label_remarks(table, "label", names) == [f"warning: classes that are told apart, but look alike: {shown}"]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("C", "C#", "C++"), ("1", "01"), ("x2", "x\u00b2")])
+def test_other_classes_are_not_warned_of(names: tuple[str, ...]) -> None:
+    table = pa.table({"text": ["x"] * len(names), "label": names})
+    assert not label_remarks(table, "label", names)
+
+
+def test_bytes_are_the_text_that_they_hold() -> None:
+    table = pa.table({"text": ["x", "y", "z"], "label": [b"down", "h\u00f6her".encode(), b"down"]})
+    names = class_names(table, "label", "rows.parquet", None)
+    assert names == ("down", "h\u00f6her")
+    places = RowPlaces(source="rows.parquet", files=(FileRows(name="rows.parquet", count=3),))
+    assert class_indices(table, "label", names, places).tolist() == [0, 1, 0]
+    as_text = table.set_column(1, "label", pa.array(["h\u00f6her", "down", "down"]))
+    assert class_indices(as_text, "label", names, places).tolist() == [1, 0, 0]
