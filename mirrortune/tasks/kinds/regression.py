@@ -24,6 +24,7 @@ from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 
+_FAR = 100.0  # mean or deviation from which targets are far from the answers of a new head
 _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
 
 
@@ -51,13 +52,14 @@ class Task(TextTask):
         # Cells that are not numbers are reported by strata, with their rows.
         values = np.array([_number(value) for value in cells(table, label)], dtype=np.float64)
         known = values[~np.isnan(values)]
-        if len(known) and np.isfinite(known).all() and np.ptp(known) == 0:
-            raise DataError(
-                source,
-                f"label column '{label}' holds one value only ({known[0]:g})",
-                allowed="numbers that differ",
-                fix="Name another column with --label-column",
-            )
+        if len(known) and (np.abs(known) <= _LARGEST).all():
+            _refuse_equal(known, label, source)
+            mean, spread = float(known.mean()), float(known.std())
+            if max(abs(mean), spread) > _FAR:
+                notes.append(
+                    f"warning: the numbers in '{label}' (mean {mean:.3g}, standard deviation {spread:.3g}) are learned "
+                    "as they are, and a new head begins near 0: divide them, or take their logarithm"
+                )
         is_value = number_of(label) is not None and all(number_of(name) is None for name in text)
         return task, [*notes, headless(label, "a number")] if is_value else notes
 
@@ -120,6 +122,21 @@ class Task(TextTask):
         values = self.targets(split)
         refuse_missing(np.isnan(values), split.places, self.label_column, "number")
         return values
+
+
+def _refuse_equal(values: npt.NDArray[np.float64], label: str, source: str) -> None:
+    """Raise a DataError if the values (N,) are all equal, or are so in float32."""
+    if np.ptp(values) == 0:
+        raise DataError(
+            source, f"label column '{label}' holds one value only ({values[0]:g})", allowed="numbers that differ",
+            fix="Name another column with --label-column",
+        )  # fmt: skip
+    if np.ptp(values.astype(np.float32)) == 0:
+        raise DataError(
+            source, f"the numbers in label column '{label}' (around {values[0]:g}) differ by {np.ptp(values):.3g} at "
+            "most, which float32 cannot tell apart", allowed="numbers that differ in their first seven digits",
+            fix="Subtract their mean",
+        )  # fmt: skip
 
 
 def _number(value: Any) -> float:

@@ -197,6 +197,8 @@ def test_lists_that_are_written_as_text_are_no_lists(
         ("regression", [1.0, float("inf")], {}, "rows.csv row 2: label inf"),
         ("regression", [1.0, 1e39], {}, "rows.csv row 2: label 1e+39"),
         ("regression", [2, 2], {}, "holds one value only (2). Allowed: numbers that differ"),
+        ("regression", [1e9, 1e9 + 0.5], {}, "(around 1e+09) differ by 0.5 at most, which float32 cannot tell apart"),
+        ("regression", [2**60, 2**60 + 1], {}, "holds one value only (1.15292e+18)"),
     ],
 )  # fmt: skip
 def test_labels_that_do_not_fit_the_kind_are_refused(
@@ -206,6 +208,24 @@ def test_labels_that_do_not_fit_the_kind_are_refused(
         make(kind, table(labels), **settings).strata(rows_of(table(labels)))
 
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            [1000.0, 3000.0],
+            "warning: the numbers in 'label' (mean 2e+03, standard deviation 1e+03) are learned as they are",
+        ),
+        ([-900.0, 900.0], "(mean 0, standard deviation 900)"),
+        ([0.0, 5.0], ""),
+        ([float("inf"), 1e9], ""),  # refused later, by its row
+    ],
+)
+def test_numbers_far_from_zero_are_warned_of(values: list[float], says: str) -> None:
+    _, notes = task_class("regression").from_rows(table(values), "rows.csv")
+    found = [note for note in notes if "learned as they are" in note]
+    assert says in found[0] if says else not found
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
