@@ -49,7 +49,7 @@ class Task(TextTask, WeighsClasses):
     labels: tuple[str, ...]
     kind: str = "token-classification"
     auto_class: str = "AutoModelForTokenClassification"
-    version: int = 1
+    version: int = 2
 
     @classmethod
     @override
@@ -100,7 +100,7 @@ class Task(TextTask, WeighsClasses):
         features, places = feature_names(split.table, self.label_column), split.places
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
-            words = [[str(w) for w in row or ()] for row in columns[0]]
+            words = [_words(row) for row in columns[0]]
             tags = [self._indices(row, features, places.where(n)) for n, row in zip(numbers, columns[1], strict=True)]
             for number, given, wanted in zip(numbers, words, tags, strict=True):
                 if wanted is not None and len(given) != len(wanted):
@@ -181,7 +181,7 @@ class Task(TextTask, WeighsClasses):
             known = dict(zip(seen, plain_numbers(shares), strict=True))
             scores.append([known.get(word) for word in range(count)])
             if are_entities:
-                entities.append(entities_of(tags[-1], scores[-1], [str(word) for word in words or ()]))
+                entities.append(entities_of(tags[-1], scores[-1], _words(words)))
         if are_entities:
             return {"prediction": entities, "tags": tags}
         return {"prediction": tags, "scores": scores}
@@ -219,6 +219,11 @@ class Task(TextTask, WeighsClasses):
                 allowed=", ".join(self.labels), fix="Correct the row, or list every tag in task.labels",
             )  # fmt: skip
         return [index[n] for n in names if n is not None]
+
+
+def _words(row: list[Any] | None) -> list[str]:
+    """Return the words of a row; a missing one is empty, not the word None."""
+    return ["" if word is None else str(word) for word in row or ()]
 
 
 def _are_entities(names: Sequence[str]) -> bool:

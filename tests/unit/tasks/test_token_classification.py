@@ -17,6 +17,7 @@ from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import score
+from mirrortune.tasks.predicting import PredictOptions
 
 KIND = task_class("token-classification")
 ROWS = {
@@ -55,6 +56,17 @@ def test_the_first_piece_of_a_word_carries_its_tag(tokenizer: Any) -> None:
     loss, items = task.loss({}, SimpleNamespace(logits=torch.zeros(1, 6, 4)), batch["targets"])
     assert items == 3
     assert float(loss) == pytest.approx(3 * np.log(4))
+
+
+def test_a_missing_word_is_empty_and_not_the_word_none(tokenizer: Any) -> None:
+    rows = {"tokens": [["the", None, "movie"]], "ner_tags": [["O", "B-PER", "B-PER"]]}
+    task = make(rows)
+    found = task.encode(split_of(rows), tokenizer, Reading(max_length=32))
+    assert tokenizer.convert_ids_to_tokens(found.input_ids(0)) == ["[CLS]", "the", "movie", "[SEP]"]
+
+    said = judged(task, found, [[task.labels.index("O"), task.labels.index("B-PER")]])
+    columns = task.prediction_columns(said, found, split_of(rows), PredictOptions())
+    assert [(entity["text"], entity["start"]) for entity in columns["prediction"][0]] == [("movie", 2)]
 
 
 def test_whole_entities_are_scored(tokenizer: Any) -> None:
