@@ -8,6 +8,7 @@ answer is none if the first token scores higher (Devlin et al. 2019, sections 4.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Task(TextTask):
     selection_metric: str
     kind: str = "question-answering"
     auto_class: str = "AutoModelForQuestionAnswering"
-    version: int = 1
+    version: int = 2
 
     @classmethod
     @override
@@ -324,10 +325,12 @@ def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
 def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
     """Return the first answer that occurs in the context, with its place there; None if none does."""
     for text, start in answers or ():
-        is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or strip white space
-        place = start if is_there else context.find(text)
-        if place >= 0:
-            return text, place
+        if start >= 0 and context.startswith(text, start):
+            return text, start
+        # Some data sets count bytes, or strip white space: the place that is nearest to the given one is meant.
+        found = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
+        if found:
+            return text, min(found, key=lambda place: abs(place - max(start, 0)))
     return None
 
 

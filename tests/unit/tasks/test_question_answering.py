@@ -125,6 +125,15 @@ def test_answers_come_in_many_forms(tokenizer: Any, value: Any) -> None:
     assert found.targets[0].min() > 0
 
 
+@pytest.mark.parametrize(("start", "place"), [(-1, 0), (None, 0), (0, 0), (2, 0), (8, 10), (10, 10), (40, 10)])
+def test_an_answer_whose_place_is_wrong_is_the_nearest_of_its_text(
+    tokenizer: Any, start: int | None, place: int
+) -> None:
+    table = rows({"text": ["film"], "answer_start": [start]}, context="film plot film")
+    _, found = encode(tokenizer, table)
+    assert found.references.starts[found.targets[0][0]] == place
+
+
 def encode_training(tokenizer: Any, table: pa.Table) -> Any:
     """The training examples of a table."""
     task = KIND.from_rows(table, "squad.json")[0]
