@@ -128,8 +128,7 @@ def _evaluate(
     for note in remarks_on(data, found.task.columns()):
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
-    if is_own_data and (changed := why_mixed(adapter_folder, data, [rows])):
-        reporter.note(changed)
+    warn_if_mixed(adapter_folder if is_own_data else None, data, [rows], reporter)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
@@ -197,25 +196,25 @@ def load_target(
     return found
 
 
-def why_mixed(adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split]) -> str | None:
-    """Return a warning if ``chosen`` holds a part of a split that training divided, and not the part of training.
+def warn_if_mixed(adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split], reporter: Reporter) -> None:
+    """Print a warning if ``chosen`` holds a part of a split that training divided, and not the part of training.
 
     The division depends on the rows, so if these have changed, validation rows may have been trained on.
 
     Args:
-        adapter_folder: adapter of the run, or None for a plain model, of which nothing is known.
+        adapter_folder: adapter of a run on this data, or None for others, of which nothing is known.
         data: the run's data as it is now.
         chosen: splits of ``data``, or parts of them.
+        reporter: prints the warning.
     """
     run = None if adapter_folder is None else run_of(adapter_folder)
     are_parts = any(all(known is not rows for known in data.splits.values()) for rows in chosen)
     changes = data_changes(run, data.origin) if run is not None and are_parts else []
-    if not changes:
-        return None
-    return (
-        f"warning: the data is not that of the run ({'; '.join(changes)}), so other rows are set aside than in "
-        "training: some of these rows may have been trained on"
-    )
+    if changes:
+        reporter.note(
+            f"warning: the data is not that of the run ({'; '.join(changes)}), so other rows are set aside than in "
+            "training: some of these rows may have been trained on"
+        )
 
 
 def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
