@@ -100,6 +100,14 @@ def test_cells_stay_text_and_empty_ones_are_null(tmp_path: Path) -> None:
     assert table.to_pydict() == {"text": ["2024-01-01", "NA", "007"], "label": ["1", None, "1.0"]}
 
 
+@pytest.mark.parametrize("cell", ["a\nb", "if x:\n\ty", "a\tb", "a\tb\n\n", "a\n"])
+def test_a_quoted_cell_may_have_tabs_and_lines(tmp_path: Path, cell: str) -> None:
+    table = read_table(write(tmp_path, "a.tsv", f'text\tlabel\n"{cell}"\tx\n'))
+    assert table.to_pydict() == {"text": [cell], "label": ["x"]}
+    table = read_table(write(tmp_path, "b.tsv", f'label\ttext\nx\t"{cell}"\n'))
+    assert table.to_pydict() == {"label": ["x"], "text": [cell]}
+
+
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x00", '""', "\\", "é", "😀"])
 def test_a_cell_may_hold_any_character(tmp_path: Path, inside: str) -> None:
     """Some of these end a line for str.splitlines, and all of them occur in scraped text."""
@@ -180,6 +188,12 @@ def test_a_long_document_is_one_cell(tmp_path: Path) -> None:
             "a.csv:3: malformed row (unexpected end of data)",
         ),
         ("a.csv", 'text,label\n"a"b,c\n', "a.csv:2: malformed row"),
+        (
+            "a.tsv",
+            'text\tlabel\n"a\tb\nc\td\ne"\tf\n',
+            "a.tsv:2: the quotation mark at the start of cell 1 is closed 2",
+        ),
+        ("a.tsv", 'id\tlabel\ttext\n1\ta\t"b c\n2\ta\td"\n', "a.tsv:2: the quotation mark at the start of cell 3"),
         ("a.csv", b"text,label\na,b\n\xff,c\n", "a.csv:3: byte 0xff at offset 15 is not utf-8"),
         ("a.csv", gzip.compress(b"text,label\na,b\n"), "a.csv: its content is not text but gzip. Add .gz to its name"),
         (
