@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -150,7 +151,10 @@ def find_model(
                 "model.name", f"no such file: {folder / gguf_file}", fix="Check the path given to --model"
             )
         if not gguf_file and not (folder / "config.json").is_file():
-            raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
+            is_own = any((place / "adapter.json").is_file() for place in (folder, folder / "adapter"))
+            fix = f"It holds an adapter: merge it (mirrortune merge {quote(name)} -o merged), and name that" * is_own
+            what = f"{location} holds no config.json"
+            raise ConfigError("model.name", what, allowed="a folder in the Hub's layout", fix=fix or None)
         if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
             index_of(folder / INDEX)  # checked, because transformers would follow file names out of the folder
         if (folder / _PICKLED).is_file():

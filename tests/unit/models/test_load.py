@@ -90,3 +90,12 @@ def test_an_index_of_pickles_that_leads_elsewhere_is_refused(
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, name)}))
     with pytest.raises(ConfigError, match="it names files that are none of a checkpoint"):
         find_model(str(folder))
+
+
+@pytest.mark.parametrize("place", ["adapter.json", "adapter/adapter.json"])
+def test_a_run_in_the_place_of_a_model_is_to_be_merged(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "a run"
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"holds no config\.json.*merge it \(mirrortune merge '.*a run' -o merged\)"):
+        find_model(str(folder))
