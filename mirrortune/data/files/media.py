@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from mirrortune.system.paths import shown_path
 
 FILE_ROLES = ("image", "audio")
 """Roles (in ``Task.columns``) of columns whose cells are files."""
+_SHOWN = 200  # characters of a path in a message
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +105,14 @@ class FileCells:
             return error
         value: Any = self.cells[row].as_py()
         path = value.get("path") if isinstance(value, dict) else value
-        name = f" '{path}'" if isinstance(path, str) else ""
+        name = f" '{path[:_SHOWN]}{'...' * (len(path) > _SHOWN)}'" if isinstance(path, str) else ""
         reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)}"
         reason = "it is missing" if value is None else reason
+        if isinstance(path, str) and isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+            if _URL.match(path):
+                reason = "it is a url; download the file and name that"
+            elif len(path) > _SHOWN:
+                reason = "no file has this name; content belongs into a column of bytes, in parquet, not of base64"
         if self.places.source.startswith("--"):  # a flag, whose value is the only file
             problem = f"{path} cannot be read ({reason})"
             return DataError(self.places.source, problem, allowed=self.readable, fix="Give another file")

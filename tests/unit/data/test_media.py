@@ -55,5 +55,29 @@ def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path: Path, name: str, is
     assert remarks_on(DataSet(splits={"train": replace(split, is_contained=False)}), COLUMNS) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "https://example.org/a.png",
+            "image 'https://example.org/a.png' cannot be read (it is a url; download the file",
+        ),
+        (
+            "iVBORw0KGgo" * 900,
+            f"image '{('iVBORw0KGgo' * 20)[:200]}...' cannot be read (no file has this name; content",
+        ),
+        ("a.png", "its image 'a.png' cannot be read (FileNotFoundError: "),
+    ],
+)
+def test_a_url_and_content_as_text_are_said_to_be_no_files(tmp_path: Path, name: str, says: str) -> None:
+    split = Split(table=pa.table({"file": [name]}), source="rows", folder=tmp_path)
+    cells = FileCells.of(split, "file", role="image", readable="png")
+    with pytest.raises(OSError, match=r"No such file|name too long") as caught:
+        Image.open(cells.open(0))
+    said = str(cells.unreadable(0, caught.value))
+    assert says in said
+    assert len(said) < 500
+
+
 def test_content_in_the_table_names_no_file(tmp_path: Path) -> None:
     assert named_in(tmp_path, [b"12", b"34"]) == {}
