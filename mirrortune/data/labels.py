@@ -111,6 +111,9 @@ class LabelReading:
             if number is not None and number.is_integer():
                 for other in (str(int(number)), f"{int(number)}.0"):
                     known.setdefault(other, name)
+            if name.lower() in ("true", "false"):  # json and parquet have booleans, Excel writes TRUE
+                for other in (name.lower(), name.title(), name.upper()):
+                    known.setdefault(other, name)
         kind = table.schema.field(column).type
         is_text = is_string(kind.value_type if pa.types.is_dictionary(kind) else kind)
         are_numbers = all(number_of(name) is not None for name in names)

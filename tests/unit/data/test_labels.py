@@ -38,3 +38,15 @@ def test_bytes_are_the_text_that_they_hold() -> None:
     assert class_indices(table, "label", names, places).tolist() == [0, 1, 0]
     as_text = table.set_column(1, "label", pa.array(["h\u00f6her", "down", "down"]))
     assert class_indices(as_text, "label", names, places).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("values", [["true", "FALSE", "False"], [True, False, False]])
+@pytest.mark.parametrize("names", [("False", "True"), ("false", "true"), ("FALSE", "TRUE")])
+def test_true_and_false_are_one_class_in_every_format(values: list[object], names: tuple[str, ...]) -> None:
+    table = pa.table({"text": ["x", "y", "z"], "label": values})
+    assert class_indices(table, "label", names, RowPlaces(source="rows")).tolist() == [1, 0, 0]
+
+
+def test_spellings_of_true_that_are_classes_stay_apart() -> None:
+    table = pa.table({"text": ["x", "y", "z"], "label": ["True", "true", "no"]})
+    assert class_indices(table, "label", ("True", "no", "true"), RowPlaces(source="rows")).tolist() == [0, 2, 1]
