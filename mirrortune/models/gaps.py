@@ -6,7 +6,7 @@ Parameters that the checkpoint lacks, or holds in another shape, start at random
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,26 @@ def missing_in_base(model: nn.Module, missing: Iterable[str], auto_class: str) -
     if not prefix and auto_class != "AutoModel":
         return ()
     return tuple(sorted(name for name in missing if name.startswith(prefix)))
+
+
+def check_loaded(name: str, model: nn.Module, missing: Collection[str]) -> None:
+    """Check that a checkpoint has weights of the base model: of some classes, transformers expects other names.
+
+    Args:
+        name: name of the model, for messages.
+        model: the loaded model.
+        missing: names of the parameters of the base model that the checkpoint lacks.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    prefix = base_prefix(model)
+    if missing and {key for key, _ in model.named_parameters() if key.startswith(prefix)} <= set(missing):
+        raise ConfigError(
+            f"model '{name}'",
+            f"{type(model).__name__} takes none of its weights, because the checkpoint names them otherwise",
+            fix="Use a model of another architecture for this task",
+        )
 
 
 def check_shapes(name: str, model: nn.Module, stored: Shapes, config: Any) -> None:

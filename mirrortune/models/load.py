@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from mirrortune.errors import ConfigError
-from mirrortune.models.gaps import check_shapes, missing_in_base
+from mirrortune.models.gaps import check_loaded, check_shapes, missing_in_base
 from mirrortune.models.load_errors import damage_errors, load_errors, quiet
 from mirrortune.models.new_tokens import add_tokens, make_room, token_rows
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
@@ -429,6 +429,7 @@ def load_model(
     mismatched = {key: tuple(stored) for key, stored, _ in info["mismatched_keys"]}
     check_shapes(source.name, model, mismatched, task_config(source, {}, None))
     missing = missing_in_base(model, info["missing_keys"], auto_class)
+    check_loaded(source.name, model, missing)
     new = tuple(sorted({*info["missing_keys"], *mismatched}))
     return LoadedModel(model=keep_trainable(with_room(model, source)), new_parameters=new, missing=missing)
 

@@ -44,6 +44,17 @@ def test_what_the_checkpoint_lacks_of_the_base_is_named(tmp_path: Path) -> None:
     assert describe_missing(found.missing).endswith(f"{', '.join(found.missing[:3])} and 1 more")
 
 
+@pytest.mark.parametrize("auto_class", ["AutoModelForSequenceClassification", "AutoModel"])
+def test_a_checkpoint_that_names_its_weights_otherwise_is_refused(tmp_path: Path, auto_class: str) -> None:
+    folder = write_tiny_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"other.{n}": t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"^model .*: Bert\w+ takes none of its weights, because the checkpoint names"
+    ):
+        load(folder, auto_class)
+
+
 def test_a_head_of_another_size_is_replaced_wherever_it_is(tmp_path: Path) -> None:
     model = tiny_bert(num_labels=5)
     model.save_pretrained(tmp_path)  # type: ignore[operator]
