@@ -38,6 +38,7 @@ from mirrortune.tasks.base import Answers, Task, check_columns, reading_like, wi
 from mirrortune.tasks.classes import classes_of
 from mirrortune.training.evaluate import evaluate_split
 
+_OTHER_FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx")
 _HEADER = "index\tprediction"
 # Control characters, line and paragraph separators, and surrogates, which UTF-8 cannot encode.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -262,9 +263,15 @@ def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
     """Return the file of predictions of a split: ``path`` itself or, if it is a folder, the file that ``names`` gives.
 
     Raises:
-        ConfigError: the file exists and holds no predictions, or ``names`` gives a name with a folder in it.
+        ConfigError: the file exists and holds no predictions, its name is that of another format, or ``names`` gives a
+            name with a folder in it.
     """
     if not path.is_dir():
+        if path.suffix.lower() in _OTHER_FORMATS:
+            raise ConfigError(
+                "--predictions", f"{path.name} is no name of a tab-separated file, the format of GLUE's server",
+                fix=f"Call it {path.stem}.tsv, or write other formats with predict -o {path.name}",
+            )  # fmt: skip
         return _checked(path)
     name = names.get(split, f"{split}.tsv")
     if not is_plain_name(name):  # may come from an untrusted recipe in the target

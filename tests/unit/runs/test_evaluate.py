@@ -36,6 +36,14 @@ def test_plain_names_are_taken(tmp_path: Path, name: str) -> None:
     assert prediction_file(tmp_path, "test", {"test": name}) == tmp_path / name
 
 
+@pytest.mark.parametrize("name", ["p.csv", "p.JSONL", "p.parquet"])
+def test_names_of_other_formats_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--predictions: {name} is no name of a tab-separated.* predict -o {name}\.$"
+    ):
+        prediction_file(tmp_path / name, "test", {})
+
+
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_others_are_refused_where_they_are_read_and_where_they_are_used(tmp_path: Path, name: str) -> None:
     quoted = name.encode("unicode_escape").decode()
