@@ -8,7 +8,6 @@ answer is none if the first token scores higher (Devlin et al. 2019, sections 4.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -328,9 +327,10 @@ def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
         if start >= 0 and context.startswith(text, start):
             return text, start
         # Some data sets count bytes, or strip white space: the place that is nearest to the given one is meant.
-        found = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
-        if found:
-            return text, min(found, key=lambda place: abs(place - max(start, 0)))
+        wanted = max(start, 0)
+        found = [context.rfind(text, 0, wanted + len(text)), context.find(text, wanted)]
+        if places := [place for place in found if place >= 0]:
+            return text, min(places, key=lambda place: abs(place - wanted))
     return None
 
 
