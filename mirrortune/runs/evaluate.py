@@ -209,8 +209,10 @@ def warn_if_mixed(adapter_folder: Path | None, data: DataSet, chosen: Iterable[S
         reporter: prints the warning.
     """
     run = None if adapter_folder is None else run_of(adapter_folder)
-    are_parts = any(all(known is not rows for known in data.splits.values()) for rows in chosen)
-    changes = data_changes(run, data.origin) if run is not None and are_parts else []
+    parts = [rows.source for rows in chosen if all(known is not rows for known in data.splits.values())]
+    others = {name: split for name, split in data.splits.items() if split.source not in parts}
+    beside = {*others, *(file.name for split in others.values() for file in split.files)}
+    changes = data_changes(run, data.origin, beside) if run is not None and parts else []
     if changes:
         reporter.note(
             f"warning: the data is not that of the run ({'; '.join(changes)}), so other rows are set aside than in "

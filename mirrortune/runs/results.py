@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.config.data_paths import short_name
 from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import ConfigError, VerificationError, counted
+from mirrortune.errors import ConfigError, MirrortuneError, VerificationError, counted
 from mirrortune.reports import html, model_card
 from mirrortune.reports.drawing import write_figure
 from mirrortune.reports.finished_run import FinishedRun, read_json, regular_file
@@ -192,14 +192,24 @@ def check_same_data(
         raise ConfigError(where, f"the data is not that of the run: {'; '.join(changes)}", fix=fix)
 
 
-def data_changes(run: RunDirectory, origin: dict[str, Any]) -> list[str]:
-    """Return the files of a run's data that have changed since, by the ``origin`` of the same data as it is now."""
-    known = read_json(run.path / _ENVIRONMENT).get("data")
+def data_changes(run: RunDirectory, origin: dict[str, Any], others: Collection[str] = ()) -> list[str]:
+    """Return the files of a run's data that have changed since; none if the run does not say what it was trained on.
+
+    Args:
+        run: trained run.
+        origin: origin of the same data as it is now.
+        others: files (by path) and splits (by name) that are not compared.
+    """
+    try:
+        known = read_json(run.path / _ENVIRONMENT).get("data")
+    except (MirrortuneError, TypeError):  # a damaged file; it is of no other use here
+        return []
     before, now = (
         {key: value for key, value in _leaves(json.loads(json.dumps(each))) if _is_of_rows(key)}
         for each in (known if isinstance(known, dict) else {}, origin)
     )
-    return [_change(key, before, now) for key in sorted({*before, *now}) if before and before.get(key) != now.get(key)]
+    changed = (key for key in sorted({*before, *now}) if before and before.get(key) != now.get(key))
+    return [_change(key, before, now) for key in changed if not any(f"/{o}".endswith(f"/{key[-1]}") for o in others)]
 
 
 def _is_of_rows(key: tuple[str, ...]) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def test_rows_set_aside_of_data_that_has_changed_are_scored_with_a_warning(desk:
     write_table(desk / "new.csv", reviews(35))
     for words in (["eval", "run", "-d", "new.csv"], ["predict", "run", "-d", "reviews.csv"]):
         assert "the data is not that of the run" not in mirrortune(*words).said
+
+
+def test_other_splits_may_change_without_a_warning(desk: Path, tiny_model_dir: Path) -> None:
+    write_table(desk / "parts" / "train.csv", reviews(40))
+    write_table(desk / "parts" / "test.csv", reviews(12))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "parts", "--max-steps", 1, "-o", "run"]
+    assert mirrortune("train", *words).exit_code == 0
+    write_table(desk / "parts" / "test.csv", reviews(20))
+
+    for words in (["eval", "run"], ["predict", "run", "--split", "validation"]):
+        assert "the data is not that of the run" not in mirrortune(*words).said
+    write_table(desk / "parts" / "train.csv", reviews(50))
+    assert "the data is not that of the run (train.csv has changed)" in mirrortune("eval", "run").said
+
+
+def test_a_run_whose_data_is_not_known_is_scored(desk: Path, run: Path) -> None:
+    shutil.copytree(run, desk / "copy")
+    (desk / "copy" / "environment.json").write_text("{", encoding="utf-8")
+    assert mirrortune("eval", "copy").exit_code == 0
 
 
 def test_rows_of_a_validation_split_that_was_trained_on_are_not_scored_as_validation(
