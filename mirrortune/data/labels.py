@@ -23,6 +23,7 @@ from mirrortune.errors import ConfigError, DataError, did_you_mean
 MISSING = -1
 # A column with more distinct values than this, and more than one for every two rows, is a text or an id, not a label.
 _MANY_CLASSES = 50
+_SHOWN = 4  # groups of classes in a warning
 _FLAGS = frozenset(("0", "1", "True", "False", "true", "false"))  # entries of vectors that mark the classes of a row
 
 
@@ -63,8 +64,11 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
             f"label column '{column}' holds numbers, such as {names[0]}, each of which is one class; "
             "to predict numbers, use --task regression"
         )
-    alike = (", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in g) for g in _alike(names))
-    notes += [f"warning: classes that are told apart, but look alike: {found}" for found in alike]
+    if alike := _alike(names):
+        shown = "; ".join(", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in group)
+                          for group in alike[:_SHOWN])  # fmt: skip
+        more = f" and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
+        notes.append(f"warning: classes that are told apart, but look alike: {shown}{more}")
     reading = LabelReading.of(table, column, names)
     if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
         notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")

@@ -56,6 +56,8 @@ from mirrortune.tasks.objective import Objective, make_objective
 from mirrortune.training.evaluate import generates
 from mirrortune.training.optim import check_matrices, moments_per_number
 
+_SHOWN = 8  # names of outputs in a note
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -201,12 +203,16 @@ def _outputs_of_head(source: ModelSource, task: Task) -> int | None:
 
 def _says_new_head(source: ModelSource, task: Task) -> Iterator[str]:
     """Yield a note if the head of the checkpoint is of the task's kind, but has another size and is replaced."""
-    outputs, classes = _outputs_of_head(source, task), len(labels_of(task))
-    if outputs is not None and outputs != classes:
-        shown = ", ".join(output_names(source.config)[:8])
+    outputs, labels = _outputs_of_head(source, task), labels_of(task)
+    if outputs is not None and outputs != len(labels):
+        names = output_names(source.config)
+        shown = f" ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})" if names else ""
+        text = f"the model's head has {counted(outputs, 'output')}{shown}, the data {len(labels)} classes: "
+        # Many share no class with the data, such as those of ImageNet.
+        can_continue = outputs > len(labels) and not {*map(str.casefold, labels)}.isdisjoint(map(str.casefold, names))
         yield (
-            f"the model's head has {outputs} outputs{f' ({shown})' if shown else ''}, the data {classes} classes: a "
-            f"new head is trained; a list of {outputs} in task.labels continues the old one"
+            f"{text}a new head is trained"
+            + f"; a list of {outputs} in task.labels continues the old one" * can_continue
         )
 
 

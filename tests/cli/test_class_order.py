@@ -171,6 +171,22 @@ def test_a_head_of_another_size_is_replaced_and_this_is_said(desk: Path, tiny_mo
     assert "the model's head" not in mirrortune("prepare", "-m", tiny_model_dir, *words).stderr
 
 
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        (tuple(f"breed {i}" for i in range(10)), "10 outputs (breed 0, breed 1, breed 2, breed 3, breed 4, breed 5, "
+         "breed 6, breed 7, ...), the data 2 classes: a new head is trained\n"),
+        (("score",), "1 output (score), the data 2 classes: a new head is trained\n"),
+    ],
+)  # fmt: skip
+def test_a_head_that_the_classes_cannot_continue_is_replaced_without_advice(
+    desk: Path, outputs: tuple[str, ...], says: str
+) -> None:
+    model = write_classifier(desk / "other", outputs)
+    said = mirrortune("prepare", "-m", model, "-t", "text-classification", "-d", "reviews.csv", "--dry-run").stderr
+    assert f"the model's head has {says}" in said
+
+
 def test_rows_of_one_class_can_be_scored(model: Path, desk: Path) -> None:
     lines = (desk / "data" / "validation.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (desk / "one.csv").write_text("".join([lines[0], *(line for line in lines if ",positive" in line)]))

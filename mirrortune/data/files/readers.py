@@ -310,18 +310,21 @@ def _refuse_swallowed_rows(path: Path, line: int, cells: list[str]) -> None:
     """Raise a DataError if a quoted cell holds whole rows: after its line breaks, it has cells and tabs as rows have.
 
     Tables with tabs are often written without quoting. A cell that begins with a quotation mark then opens a quote,
-    which the next cell that ends with one closes: the rows between would be lost in silence.
+    which the next cell that ends with one closes: the rows between would be lost in silence. A quotation mark inside
+    the cell was doubled, as only tables with quoting have it.
     """
     wanted = len(cells) - 1
     for place, cell in enumerate(cells):
         first, *others = cell.split("\n")
         tabs = [wanted] * (len(others) - 1) + [place]
         fits = first.count("\t") == wanted - place and [other.count("\t") for other in others] == tabs
-        if wanted and others and fits and all(part.strip() for other in others for part in other.split("\t")):
+        fits = fits and '"' not in cell and all(part.strip() for other in others for part in other.split("\t"))
+        if wanted and others and fits:
             raise DataError(
                 f"{path}:{line}", f"the quotation mark at the start of cell {place + 1} is closed {len(others)} lines "
                 "below, and the lines between look like rows", allowed='cells with quotation marks written "so, with '
-                '""two"" for each"', fix="Quote the cell, or remove its quotation mark",
+                '""two"" for each"', fix="Quote the cell, or remove its quotation mark; or, if it holds these lines, "
+                "write jsonl",
             )  # fmt: skip
 
 

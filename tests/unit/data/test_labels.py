@@ -24,6 +24,12 @@ def test_classes_that_look_alike_are_warned_of(names: tuple[str, ...], shown: st
     assert label_remarks(table, "label", names) == [f"warning: classes that are told apart, but look alike: {shown}"]
 
 
+def test_many_classes_that_look_alike_are_warned_of_in_one_line() -> None:
+    names = tuple("ABCDEFabcdef")  # handwritten letters
+    (note,) = label_remarks(pa.table({"text": ["x"] * len(names), "label": names}), "label", names)
+    assert note.endswith("look alike: 'A', 'a'; 'B', 'b'; 'C', 'c'; 'D', 'd' and 2 more")
+
+
 @pytest.mark.parametrize("names", [("a", "b"), ("C", "C#", "C++"), ("1", "01"), ("x2", "x\u00b2")])
 def test_other_classes_are_not_warned_of(names: tuple[str, ...]) -> None:
     table = pa.table({"text": ["x"] * len(names), "label": names})

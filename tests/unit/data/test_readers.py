@@ -108,6 +108,11 @@ def test_a_quoted_cell_may_have_tabs_and_lines(tmp_path: Path, cell: str) -> Non
     assert table.to_pydict() == {"label": ["x"], "text": [cell]}
 
 
+def test_a_quoted_cell_may_hold_a_table_and_quotation_marks(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a.tsv", 'label\ttext\nx\t"So ""called"" sweets:\nsugar\t5 g\nmilk\t1 l"\n'))
+    assert table.to_pydict() == {"label": ["x"], "text": ['So "called" sweets:\nsugar\t5 g\nmilk\t1 l']}
+
+
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x00", '""', "\\", "é", "😀"])
 def test_a_cell_may_hold_any_character(tmp_path: Path, inside: str) -> None:
     """Some of these end a line for str.splitlines, and all of them occur in scraped text."""
