@@ -142,19 +142,25 @@ def resumed_rate(run: RunDirectory, settings: LoopSettings) -> float:
     return settings.lr
 
 
-def check_same_classes(job: Job, run: RunDirectory) -> None:
-    """Check that the outputs of a resumed run have the classes, in their order, that its checkpoints were trained for.
+def check_same_targets(job: Job, run: RunDirectory) -> None:
+    """Check that a resumed run has the targets that its checkpoints were trained for: columns, and classes in order.
 
     Raises:
         ConfigError: they differ.
     """
     steps, labels = run.saved_steps(), labels_of(job.task)
-    before = (read_adapter(run.checkpoint(steps[-1])).task or {}).get("labels") if steps and labels else None
+    stored = read_adapter(run.checkpoint(steps[-1])).task if steps else None
+    if stored is None:
+        return
+    problem = ""
+    if stored.get("label_column", ...) is None and (columns := job.task.target_columns()):
+        problem = f"without a column of targets; it would learn {', '.join(columns)} now"
+    before = stored.get("labels") if labels else None
     if before is not None and tuple(before) != labels:
-        raise ConfigError(
-            "--resume", f"an earlier version began the run with the classes {', '.join(before)} in this order, which "
-            f"would be {', '.join(labels)} now", fix="Start anew with --overwrite",
-        )  # fmt: skip
+        problem = f"with the classes {', '.join(before)} in this order, which would be {', '.join(labels)} now"
+    if problem:
+        fix = "Start anew with --overwrite"
+        raise ConfigError("--resume", f"an earlier version began the run {problem}", fix=fix)
 
 
 _ANEW = "start anew with --overwrite"

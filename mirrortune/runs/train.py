@@ -25,9 +25,9 @@ from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
     check_same_base,
-    check_same_classes,
     check_same_data,
     check_same_recipe,
+    check_same_targets,
     environment,
     peak_memory_bytes,
     peak_reserved_bytes,
@@ -185,7 +185,7 @@ def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: 
     job = assemble(settings, reporter)
     if resumed is not None:
         sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
-        sync.from_main(accelerator, lambda: check_same_classes(job, resumed))
+        sync.from_main(accelerator, lambda: check_same_targets(job, resumed))
     if Sharding.of(accelerator).stage and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     return job

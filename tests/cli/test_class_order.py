@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mirrortune.tasks.kinds import sentence_similarity
 from tests.cli.console import mirrortune
 from tests.tiny_models import tiny_bert, tiny_tokenizer, write_tiny_vision
 
@@ -248,6 +249,23 @@ def test_a_run_that_was_begun_in_another_order_is_not_continued(model: Path, des
 
     assert done.exit_code == 2
     assert "with the classes negative, positive in this order, which would be positive, negative now" in done.stderr
+
+
+def test_a_run_that_was_begun_without_scores_is_not_continued_with_them(
+    desk: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"good film {i},bad plot {i},{i % 2}\n" for i in range(30)]
+    (desk / "pairs.csv").write_text("".join(["question1,question2,is_duplicate\n", *lines]), encoding="utf-8")
+    words = ["-m", tiny_model_dir, "-t", "sentence-similarity", "-d", "pairs.csv", "--max-steps", 1, "-o", "run"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(sentence_similarity, "_SCORES", ())
+        assert mirrortune("train", *words).exit_code == 0
+
+    done = mirrortune("train", *words, "--resume")
+
+    assert done.exit_code == 2
+    assert "began the run without a column of targets; it would learn is_duplicate now" in done.stderr
+    assert mirrortune("eval", "run").exit_code == 0
 
 
 def test_a_resumed_run_keeps_the_default_rate_that_it_was_started_with(desk: Path) -> None:
