@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
+from mirrortune.data.columns import number_of
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets
 from mirrortune.data.labels import MISSING, class_indices, refuse_missing
@@ -182,7 +183,8 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
     is_known = set(ours) <= set(theirs) and (len(ours), len(theirs)) == (len(labels), len(outputs))
     if not is_known and len(labels) == len(outputs):
         found, how = labels, "matched by position"
-        if not is_given and len(ours) == len(theirs) == len(labels) and ours.keys() & theirs.keys():
+        are_numbers = all(number_of(name) is not None for name in labels)  # stars 1 to 5 may be the outputs 0 to 4
+        if not is_given and not are_numbers and len(ours) == len(theirs) == len(labels) and ours.keys() & theirs.keys():
             rest = iter(name for form_of, name in ours.items() if form_of not in theirs)
             found = tuple(ours[name] if name in ours else next(rest) for name in theirs)
             how = "matched by name where they have one, else by position"

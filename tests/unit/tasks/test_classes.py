@@ -136,6 +136,7 @@ def _named(*outputs: str) -> SimpleNamespace:
         (("x", "a"), ("b", "a"), ("a", "b")),  # the output of a is that of a, so x is the other one
         (("x", "B"), ("a", "b"), ()),
         (("x", "y"), ("a", "b"), ()),
+        (("0", "1", "2"), ("1", "2", "3"), ()),  # numbers from 0 and from 1
         (("a", "A"), ("a", "b"), ()),
         (("b",), ("a", "b"), ()),
         (("a b", "A_B"), ("a", "b"), ()),
