@@ -364,12 +364,11 @@ class Task(TextTask, ComparesRows):
     def _scores(self, split: Split) -> npt.NDArray[np.float32]:
         found = np.full(split.table.num_rows, np.nan, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column or "")):
-            number = float(value) if isinstance(value, bool) else number_of(value)
-            if number is None and str("" if value is None else value).strip().lower() not in ("", "nan"):
-                raise DataError(
-                    split.places.where(row), f"score {value!r} in column '{self.label_column}' is not a number",
-                    fix="Correct the row, or name another column with --label-column",
-                )  # fmt: skip
+            number = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower(), number_of(value))
+            if number is None and value is not None and str(value).strip().lower() not in ("", "nan"):
+                problem = f"score {value!r} in column '{self.label_column}' is not a number"
+                fix = "Correct the row, or name another column with --label-column"
+                raise DataError(split.places.where(row), problem, fix=fix)
             found[row] = np.nan if number is None else number
         return found
 
@@ -384,12 +383,13 @@ def _find_texts(table: pa.Table, *, has_score: bool) -> tuple[str, ...]:
 
 
 def _find_score(table: pa.Table, text: Sequence[str]) -> str | None:
-    """Find the column with the name of a score, which a ``label`` is if it holds numbers; None if there is no pair."""
+    """Find the column with the name of a score, as which a ``label`` needs numbers or booleans; None without a pair."""
     if len(text) != 2 or text[1].lower() == "positive":
         return None
     known = {name.lower(): column for name, column in contents(table).items() if name not in text and column.rows}
     # Pairs with a score that cannot be read (4,2 or 90%) would be learned as pairs that belong together.
-    fitting = [known[n].name for n in _SCORES if n in known and (known[n].is_number or n != "label")]
+    own = "label" in known and pa.types.is_boolean(table.schema.field(known["label"].name).type)
+    fitting = [known[n].name for n in _SCORES if n in known and (known[n].is_number or n != "label" or own)]
     return next((name for name in fitting if not has_class(table, name, _CONTRADICTS)), None)
 
 

@@ -304,8 +304,16 @@ def test_scores_that_are_no_numbers_are_refused_and_not_left_out(name: str, valu
         task.strata(Split(table=table, source="rows"))
 
 
-def test_true_and_false_are_scores() -> None:
-    table = pa.table({**PAIRS, "is_duplicate": [True, False, True]})
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("is_duplicate", [True, False, True]),
+        ("is_duplicate", ["True", "False", "TRUE"]),
+        ("label", [True, False, True]),
+    ],
+)
+def test_true_and_false_are_scores(name: str, values: list[Any]) -> None:
+    table = pa.table({**PAIRS, name: values})
     task, _ = KIND.from_rows(table, "rows")
     assert task._targets(Split(table=table, source="rows"), allow_missing=False).tolist() == [1.0, 0.0, 1.0]
 
