@@ -167,6 +167,7 @@ def memory_bytes() -> dict[str, int]:
 
 
 _HALF = (torch.bfloat16, torch.float16)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # noqa: SLF001
 
 
 def widen(model: nn.Module, names: Iterable[str]) -> None:
@@ -190,18 +191,23 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
             buffer.data = buffer.data.float() if buffer.dtype in _HALF else buffer.data
 
 
-def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """Return autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context.
+def autocast(model: nn.Module, dtype: torch.dtype | None = None) -> AbstractContextManager[object]:
+    """Return bfloat16 autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context.
 
-    It is to float16 if all such weights are in float16: CPUs have no kernels for weights of one 16-bit dtype with
-    activations of the other. Otherwise it is to bfloat16.
+    On a CPU it is to float16 if all such weights are in float16 and there are normalisation layers, which have no
+    kernels for float16 weights with bfloat16 activations. Elsewhere, float16 would overflow and lose small gradients,
+    which nothing scales; CPUs are also many times slower in it.
+
+    Args:
+        model: model that is called.
+        dtype: weight dtype of a model that loads its weights when it is called, on the CPU; None for other models.
     """
-    if holds_half(model):
-        half = {p.dtype for p in model.parameters()} & set(_HALF)
-        device = next(model.parameters()).device.type
-        if not torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
-            return torch.autocast(device, torch.float16 if half == {torch.float16} else torch.bfloat16)
-    return contextlib.nullcontext()
+    half = ({p.dtype for p in model.parameters()} if dtype is None else {dtype}) & set(_HALF)
+    device = next(model.parameters()).device.type if half and dtype is None else "cpu"
+    if not half or torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
+        return contextlib.nullcontext()
+    is_float16 = half == {torch.float16} and device == "cpu" and any(isinstance(m, _NORMS) for m in model.modules())
+    return torch.autocast(device, torch.float16 if is_float16 else torch.bfloat16)
 
 
 def holds_half(model: nn.Module) -> bool:

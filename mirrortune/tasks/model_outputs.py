@@ -80,9 +80,8 @@ def compared_outputs(
     device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
     call: Any = model.forward
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()}
-    context = autocast(model) if dtype is None else autocast(nn.Linear(1, 1, dtype=dtype))
     devices = [device] if device.type == "cuda" else []
-    with context, torch.random.fork_rng(devices):
+    with autocast(model, dtype), torch.random.fork_rng(devices):
         torch.manual_seed(0)  # some models draw random numbers in their forward even in evaluation mode
         outputs = call(**arguments)
         found = meaningful_outputs(compared(arguments, outputs) if compared else outputs)
