@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,10 @@ def test_no_adapter_is_attached_over_one_of_a_module_inside(tmp_path: Path) -> N
         ):
             with pytest.raises(ConfigError, match=problem.replace(".", r"\.")):
                 act()
+
+
+def test_a_response_is_recorded_whatever_the_dtype_of_other_layers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
+    mirrortune.save_adapter(mirrortune.attach(model, "lora", rank=2, target_modules="0|1"), tmp_path)
+    layers = json.loads((tmp_path / "adapter.json").read_text())["layers"]
+    assert all(layer["response"] for layer in layers.values())

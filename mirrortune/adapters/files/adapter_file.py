@@ -237,7 +237,7 @@ class PeftAdapterFile(AdapterFile):
     def contents(
         model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
     ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        responses = peft_files.layer_responses(model, getattr(torch, str(base.get("dtype", "float32"))))
+        responses = peft_files.layer_responses(model)
         layers = {
             name: {
                 **describe_target(name, target),

@@ -133,30 +133,28 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_responses(model: nn.Module, trained_in: torch.dtype) -> dict[str, list[float]]:
+def layer_responses(model: nn.Module) -> dict[str, list[float]]:
     """Compute the response of each adapted layer to a fixed random input, projected on a few fixed directions.
 
     It depends on all parameters of the layer. It is empty for a layer of which this process has only a shard, and for
     one whose weights were rounded since the adapter was attached: the layer will not be loaded with these.
-
-    Args:
-        model: adapted model.
-        trained_in: dtype of the base when the adapter was attached.
     """
     layers = {name: (model.get_submodule(name), target) for name, target in _attached(model).targets.layers.items()}
     layers_of: Any = attachment(model).layers
     return {
         name: _response(module, target.shape)
-        if all(map(is_whole, module.parameters())) and not _is_rounded(layers_of[name], trained_in)
+        if all(map(is_whole, module.parameters())) and not _is_rounded(layers_of[name])
         else []
         for name, (module, target) in layers.items()
     }
 
 
-def _is_rounded(layer: PeftLayer, trained_in: torch.dtype) -> bool:
-    """Return whether a layer was cast to a narrower dtype than ``trained_in``, and perhaps back."""
-    eps, weight = torch.finfo(trained_in).eps, getattr(layer.base_layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and torch.finfo(weight.dtype).eps > eps:
+def _is_rounded(layer: PeftLayer) -> bool:
+    """Return whether a layer was cast to a narrower dtype since the tuner was attached, and perhaps back."""
+    if layer.dtype is None or not layer.dtype.is_floating_point:  # quantised
+        return False
+    eps, now = torch.finfo(layer.dtype).eps, layer.base_layer.weight.dtype
+    if now.is_floating_point and torch.finfo(now).eps > eps:
         return True
     trained = [p for p in layer.adapter_parameters().values() if p.numel() and bool((p != p.reshape(-1)[0]).any())]
     return bool(trained) and all(torch.finfo(rounding_of(p)).eps > eps for p in trained)

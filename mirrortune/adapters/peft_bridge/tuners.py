@@ -41,11 +41,14 @@ class PeftLayer:
         method: method of the adapter, for messages.
         module: layer of PEFT, which holds the base layer.
         trained: names of the trained parameters of ``module``.
+        dtype: dtype of the base layer's weight when the tuner was attached, as the model may be cast later; None for
+            quantised layers without one.
     """
 
     method: str
     module: nn.Module
     trained: tuple[str, ...]
+    dtype: torch.dtype | None
 
     @property
     def base_layer(self) -> nn.Linear:
@@ -235,7 +238,9 @@ def _tuned_layers(model: nn.Module, spec: AdapterSpec, targets: Targets, peft: A
     for name, module in tuned.items():
         own = [(key, p) for key, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
         seen |= {id(p) for _, p in own}  # shared parameters are counted once
-        layers[name] = PeftLayer(spec.method, module, tuple(key for key, _ in own))
+        base: nn.Module = module.get_base_layer()  # type: ignore[operator]
+        dtype = getattr(getattr(base, "weight", None), "dtype", None)
+        layers[name] = PeftLayer(spec.method, module, tuple(key for key, _ in own), dtype)
     return layers
 
 
