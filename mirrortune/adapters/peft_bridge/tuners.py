@@ -238,7 +238,7 @@ def _tuned_layers(model: nn.Module, spec: AdapterSpec, targets: Targets, peft: A
     for name, module in tuned.items():
         own = [(key, p) for key, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
         seen |= {id(p) for _, p in own}  # shared parameters are counted once
-        base: nn.Module = module.get_base_layer()  # type: ignore[operator]
+        base: nn.Module = module.get_base_layer()
         dtype = getattr(getattr(base, "weight", None), "dtype", None)
         layers[name] = PeftLayer(spec.method, module, tuple(key for key, _ in own), dtype)
     return layers
