@@ -201,10 +201,9 @@ class Redaction:
 
     def _json(self, text: str, place: str, cut: Callable[[dict[str, Any]], None]) -> str:
         data = json.loads(text)
-        known = len(self.cuts)
         if isinstance(data, dict):
             cut(data)
-        return text if len(self.cuts) == known else json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        return text if data == json.loads(text) else json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     def _cut(self, place: str, before: str, after: str) -> str:
         if before != after:

@@ -108,3 +108,9 @@ def test_results_lose_paths_in_fields_that_this_version_does_not_know() -> None:
     found = json.loads(redaction.results(json.dumps(data), "results.json"))
     assert found == {"run_dir": "./x", "metrics": {"loss": 0.5}, "notes": [{"a": "see b.txt"}]}
     assert "cut from results.json: notes./home/jane/a: '/home/jane/b.txt' -> b.txt" in redaction.describe()
+
+
+def test_hashes_of_redacted_files_replace_those_of_a_report_without_paths() -> None:
+    report = json.dumps({"base": {"name": "me/base"}, "remarks": [], "sha256": {"config.json": "0", "README.md": "0"}})
+    found = json.loads(Redaction().merge_report(report, "merge.json", {"config.json": "1"}))
+    assert found["sha256"] == {"config.json": "1"}
