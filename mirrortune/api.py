@@ -134,7 +134,8 @@ def save_adapter(
             factors, about the size of a LoRA of the same rank, and loads without a decomposition. ``auto`` is compact,
             unless the basis cannot be recomputed exactly, or recomputing takes minutes (large matrices) and no layer
             uses more than an eighth of its directions.
-        repository: Hub id, ``name`` or ``owner/name``; the repository is created if it does not exist.
+        repository: Hub id, ``name`` or ``owner/name``; the repository is created if it does not exist. A ``README.md``
+            in ``directory`` that a person has written is sent as its model card.
         revision: existing branch of the repository.
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
         replace_card: replace a model card in the repository that a person has written or edited; by default it is kept,
