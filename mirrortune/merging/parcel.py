@@ -213,9 +213,9 @@ def check_files(folder: Path, report: dict[str, Any]) -> list[str]:
     if odd := (names - recorded) | (weights_there - names):
         problem = f"{MARKER} and {REPORT} disagree about '{min(odd)}'"
         raise VerificationError(str(folder), problem, fix="Merge again")
-    names |= set(index_of(folder / INDEX)) if (folder / INDEX).exists() else set()
-    weights = [regular_file(folder, name) for name in sorted(names) if name.endswith(".safetensors")]
     try:
+        names |= set(index_of(folder / INDEX)) if (folder / INDEX).exists() else set()
+        weights = [regular_file(folder, name) for name in sorted(names) if name.endswith(".safetensors")]
         read_headers(weights)
     except ConfigError as error:
         raise VerificationError(error.where, error.problem, fix="Merge again") from error

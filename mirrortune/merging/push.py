@@ -113,7 +113,8 @@ def cards_kept(*, replace_card: bool) -> dict[str, Callable[[bytes], bool]]:
 def kept_notes(done: Upload) -> list[str]:
     """Return a line for each file of the repository that was kept, and one for those that were deleted."""
     lines = [
-        f"{name} of {done.repository} is kept, as it was written or edited by hand; --replace-card replaces it"
+        f"{name} of {done.repository} is kept, as it was written or edited by hand or by an earlier version of "
+        "mirrortune, which did not sign its cards; --replace-card replaces it"
         for name in done.kept
     ]
     return lines + ([f"deleted weights of an earlier model there: {', '.join(done.deleted)}"] if done.deleted else [])

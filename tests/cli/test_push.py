@@ -198,7 +198,9 @@ def test_a_card_of_a_person_is_kept(hub: LoopbackHub, desk: Path, tmp_path: Path
         assert done.returncode == 0, done.stderr
         assert (card.read_text(), json.loads(done.stdout)["kept"]) == (mine, ["README.md"])
         assert "README.md" not in json.loads(done.stdout)["files"]
-        assert "README.md of me/cards is kept, as it was written or edited by hand; --replace-card" in done.stderr
+        assert (
+            "README.md of me/cards is kept, as it was written or edited by hand or by an earlier version" in done.stderr
+        )
         done = run(hub, desk, "-m", "mirrortune", "push", source, "me/cards", "--replace-card")
         assert (done.returncode, card.read_text()) == (0, generated), done.stderr
 
@@ -257,6 +259,13 @@ def test_the_records_of_a_merge_must_agree(desk: Path, tmp_path: Path) -> None:
         (folder / "merge.json").write_text(json.dumps(report))
         done = mirrortune("push", folder, "me/x", cache=desk / "cache")
         assert (done.exit_code, ".mirrortune.json and merge.json disagree about 'model" in done.said) == (5, True)
+
+
+def test_a_damaged_index_of_weights_is_refused_as_damage(desk: Path, tmp_path: Path) -> None:
+    shutil.copytree(desk / "merged", tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors.index.json").write_text("{}")
+    done = mirrortune("push", tmp_path / "merged", "me/x", cache=desk / "cache")
+    assert (done.exit_code, "index.json: damaged" in done.said) == (5, True), done.stderr
 
 
 def test_changed_settings_are_said_and_hashes_hold_after_a_push(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
