@@ -27,14 +27,18 @@ DIGESTS = "sha256"
 """Entry of ``merge.json`` with the hashes of the other files."""
 _WEIGHTS = "*.safetensors"
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Files to push from merged folders whose merge.json lists no files: weights, configuration, processors.
-_OF_A_MODEL = re.compile(
-    r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
-    r"|(generation|tokenizer|preprocessor|processor|feature_extractor|image_processor|video_preprocessor)_config\.json"
+# Files of tokenizers and processors, which a person adds to the merge of a base that has none.
+_OF_A_TOKENIZER = re.compile(
+    r"(tokenizer|preprocessor|processor|feature_extractor|image_processor|video_preprocessor)_config\.json"
     r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
-    r"|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json|\d+_\w+/config\.json"
+)
+# Other files to push from merged folders whose merge.json lists no files.
+_OF_A_MODEL = re.compile(
+    r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+    r"|generation_config\.json|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
+    r"|\d+_\w+/config\.json"
 )
 _MODULES = "modules.json"  # sentence-transformers' list of classes and subfolders
 _LARGEST_TEXT = 16 * 2**20  # bytes; larger JSON files are vocabularies
@@ -132,7 +136,11 @@ def _add_own_card(parcel: Parcel, folder: Path) -> None:
 
 
 def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
-    """Collect the model card of a merged model and the files in its report, or files of known names without a list."""
+    """Collect the files of a merged model.
+
+    These are the model card, the files in the merge report, or those of known names if it lists none, and the files of
+    a tokenizer or processor, which a person may have added.
+    """
     parcel = Parcel(staged)
     redaction = parcel.redaction
     known = {
@@ -140,7 +148,7 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     }
     listed = report.get("files")
     names = {str(n) for n in listed} if isinstance(listed, list) else {n for n in known if _OF_A_MODEL.fullmatch(n)}
-    names |= known & {CARD}
+    names |= {name for name in known if name == CARD or _OF_A_TOKENIZER.fullmatch(name)}
     parcel.left_out = sorted(known - names - {MARKER})
     texts = {
         RECIPE: redaction.recipe,
@@ -175,7 +183,9 @@ def check_texts(base: Path) -> None:
     roots = [folder.parents[1] if is_cached else folder, Path(os.path.realpath(constants.HF_HUB_CACHE))]
     for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json")):
         name, real = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))
-        is_copied = _OF_A_MODEL.fullmatch(name) and name not in (CARD, RECIPE, REPORT) and ".safetensors" not in name
+        is_copied = _OF_A_TOKENIZER.fullmatch(name) or (
+            _OF_A_MODEL.fullmatch(name) and name not in (CARD, RECIPE, REPORT) and ".safetensors" not in name
+        )
         if is_copied and not any(real.is_relative_to(root) for root in roots):
             raise VerificationError(
                 str(base / name), f"it is a link out of the model's folder, to {real}, and is not copied",

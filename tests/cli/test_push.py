@@ -168,6 +168,7 @@ def test_of_a_merged_folder_only_the_model_is_sent(hub: LoopbackHub, desk: Path,
     shutil.copytree(desk / "merged", folder)
     secret.write_text("PRIVATE KEY")
     (folder / ".env").write_text("TOKEN=x")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")  # added by a person, of the tokenizer
     (folder / "key.json").symlink_to(secret)
     (folder / "notes" / "deep").mkdir(parents=True)
     (folder / "notes" / "deep" / "thesis.txt").write_text("mine")
@@ -176,7 +177,7 @@ def test_of_a_merged_folder_only_the_model_is_sent(hub: LoopbackHub, desk: Path,
     assert "not sent, as not of the model: .env, key.json, notes/deep/thesis.txt" in done.stderr
     sent = tmp_path / "hub" / "models" / "me" / "clean"
     model = {p.name for p in (desk / "merged").iterdir()} - {".mirrortune.json"}
-    assert {p.name for p in sent.rglob("*")} == model | {".gitattributes"}
+    assert {p.name for p in sent.rglob("*")} == model | {".gitattributes", "chat_template.jinja"}
     report = json.loads((folder / "merge.json").read_text())
     assert report.pop("files") == sorted(model)
     (folder / "merge.json").write_text(json.dumps(report))  # as it was written before the list was in it
