@@ -22,7 +22,7 @@ CONTRASTS = (
     ("adaptive:scale_top_k=all", "mirror:scale_top_k=all"), ("mirror:scale_top_k=all", "lora:rank=8"),
     ("mirror-scale", "mirror:scale_top_k=all"), ("mirror-scale", "mirror"), ("mirror-scale", "svft"),
     ("mirror-scale", "lora:rank=8"), ("svft", "lora:rank=8"), ("lora-sb", "svft"), ("lora-sb", "lora:rank=8"),
-    ("psoft", "lora:rank=1"), ("psoft", "lora:rank=8"),
+    ("psoft", "lora:rank=1"), ("psoft", "lora:rank=8"), ("mirror-scale", "psoft"),
 )  # fmt: skip
 """Pairs of methods that the claims compare: the first is said to be ahead."""
 
