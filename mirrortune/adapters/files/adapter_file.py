@@ -158,7 +158,9 @@ class AdapterFile:
             name: {
                 **describe_target(name, target),
                 **describe_basis(fingerprints[name]),
-                "dtype": str(fingerprints[name].coarsest(rounding_of(held[name].U))).removeprefix("torch."),
+                "dtype": str(fingerprints[name].coarsest(rounding_of(held[name].U, held[name].Vh))).removeprefix(
+                    "torch."
+                ),
             }
             for name, target in attachment(model).targets.layers.items()
         }

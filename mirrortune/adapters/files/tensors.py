@@ -49,16 +49,18 @@ def check_tied(model: nn.Module, target: Target, names: Iterable[str]) -> None:
             )  # fmt: skip
 
 
-def rounding_of(tensor: Tensor) -> torch.dtype:
-    """Return the narrowest dtype that holds the values of a tensor exactly: narrower than its own if the model was cast
-    (``model.half().float()``).
+def rounding_of(*tensors: Tensor) -> torch.dtype:
+    """Return the narrowest dtype that holds the values of all tensors, which have one dtype, exactly.
+
+    It is narrower than their own if the model was cast (``model.half().float()``).
     """
-    if not is_whole(tensor) or not tensor.numel():
-        return tensor.dtype
-    own = torch.finfo(tensor.dtype).eps
-    narrower = [t for t in (torch.bfloat16, torch.float16, torch.float32) if torch.finfo(t).eps > own]
-    first = tensor.detach().reshape(-1)[:_FIRST]  # nearly always enough to tell
-    return next((t for t in narrower if _holds(t, first) and _holds(t, tensor.detach())), tensor.dtype)
+    own = tensors[0].dtype
+    if not all(is_whole(tensor) and tensor.numel() for tensor in tensors):
+        return own
+    values = [tensor.detach() for tensor in tensors]
+    firsts = [tensor.reshape(-1)[:_FIRST] for tensor in values]  # nearly always enough to tell
+    narrower = [t for t in (torch.bfloat16, torch.float16, torch.float32) if torch.finfo(t).eps > torch.finfo(own).eps]
+    return next((t for t in narrower if all(_holds(t, part) for part in (*firsts, *values))), own)
 
 
 def _holds(dtype: torch.dtype, values: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 import mirrortune
 from mirrortune.adapters.files.adapter_file import Form, read_adapter, write_adapter
@@ -458,3 +458,16 @@ def test_the_coarser_of_two_16_bit_dtypes_is_saved(tmp_path: Path) -> None:
     loaded = mirrortune.load_adapter(base_of(torch.bfloat16).float(), tmp_path / "adapter")
     for name, layer in spectral_layers(loaded).items():
         assert relative(layer.delta_weight(), spectral_layers(model)[name].delta_weight()) <= 1e-4
+
+
+@pytest.mark.parametrize("form", ["compact", "portable"])
+def test_a_layer_of_one_output_is_saved_in_its_own_dtype(tmp_path: Path, form: Form) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+
+    model = trained(base(), "svft")  # the left factor of the second layer is 1, which 16 bits hold exactly
+    mirrortune.save_adapter(model, tmp_path / "adapter", form=form)
+    assert set(read_adapter(tmp_path / "adapter").dtypes.values()) == {"float32"}
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(mirrortune.load_adapter(base(), tmp_path / "adapter")(x), model(x))
