@@ -187,8 +187,9 @@ def main(words: Sequence[str]) -> None:
     """Run the commands; the first that fails ends the process."""
     from mirrortune.cli.app import app
 
-    start(has_float64=words[0] != "--no-float64")
-    words = words[words[0] == "--no-float64" :]
+    has_float64 = words[0] != "--no-float64"
+    start(has_float64=has_float64)
+    words = words if has_float64 else words[1:]
     commands: list[list[str]] = [[]]
     for word in words:
         if word == "--then":

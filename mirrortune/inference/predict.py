@@ -39,7 +39,7 @@ from mirrortune.inference.prediction_rows import (
     rows_of_request,
 )
 from mirrortune.runs.checks import EvaluationSettings
-from mirrortune.runs.evaluate import find_target, load_target, warn_if_mixed
+from mirrortune.runs.evaluate import find_target, load_target, warn_of_changed_data
 from mirrortune.runs.load import Evaluable
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Bar, Reporter
@@ -149,7 +149,7 @@ def predict(
         own, fitted = adapter_folder if is_own_data else None, []
         for rows, task in all_fitted(sources, found.task, reporter, are_named=bool(named)):
             fitted.append((rows.of_split(split, settings.data, task, is_own_data=is_own_data), task))
-            warn_if_mixed(own, rows.data, fitted[-1][0].data.splits.values(), reporter)
+            warn_of_changed_data(own, rows.data, fitted[-1][0].data.splits.values(), reporter)
         every, task = [rows for rows, _ in fitted], fitted[0][1]
         options.check(task.kind, task.prediction_options())
         found.model.to(accelerator.device)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.merging.redaction import Redaction
+from mirrortune.merging.redaction import DIGESTS, Redaction
 from mirrortune.reports import model_card
 from mirrortune.reports.finished_run import is_there, regular_file
 from mirrortune.system.atomic import MARKER
@@ -23,8 +23,6 @@ from mirrortune.system.paths import sha256_of
 from mirrortune.system.tensor_files import INDEX, index_of, read_headers
 
 CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
-DIGESTS = "sha256"
-"""Entry of ``merge.json`` with the hashes of the other files."""
 _WEIGHTS = "*.safetensors"
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Files of tokenizers and processors, which a person adds to the merge of a base that has none.

@@ -21,7 +21,7 @@ from mirrortune.system.hub import Upload, check_repository, upload
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import run_of
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Files of weights that transformers would read beside, or instead of, those of a new model."""
 
 
@@ -93,7 +93,7 @@ def push(
             reporter.note(line)
         done = upload(
             parcel.files, repository, revision=revision, private=private, keep=cards_kept(replace_card=replace_card),
-            is_outdated=lambda name: is_merged and _WEIGHTS.fullmatch(name) is not None,
+            is_outdated=lambda name: is_merged and _OLD_WEIGHTS.fullmatch(name) is not None,
         )  # fmt: skip
     for note in kept_notes(done):
         reporter.note(note)

@@ -20,6 +20,8 @@ from mirrortune.config.data_paths import with_paths
 from mirrortune.config.recipe import check_saved_recipe
 from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, is_inside, looks_like_path, split_sample
 
+DIGESTS = "sha256"
+"""Entry of ``merge.json`` with the hashes of the other files."""
 _SHIPPED = "shipped:"
 _PLACES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
 _NAMES_A_PLACE = re.compile(r"(^|_)(path|paths|dir|directory|folder|file|files|filename|root|home)$")
@@ -154,7 +156,7 @@ class Redaction:
         """
 
         def cut(data: dict[str, Any]) -> None:
-            if isinstance(recorded := data.get("sha256"), dict):
+            if isinstance(recorded := data.get(DIGESTS), dict):
                 recorded.pop("README.md", None)  # redacted last, with what is cut here
                 recorded |= {name: digest for name, digest in digests.items() if name in recorded}
             self._base(data.get("base"), f"{place}: base")

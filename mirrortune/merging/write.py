@@ -36,8 +36,9 @@ from mirrortune.merging.bases import (
     padding_id,
     trained_on,
 )
-from mirrortune.merging.parcel import DIGESTS, check_texts, read_report
+from mirrortune.merging.parcel import check_texts, read_report
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
+from mirrortune.merging.redaction import DIGESTS
 from mirrortune.merging.verify import (
     FLOATS,
     Compared,

@@ -46,7 +46,7 @@ def check_loaded(name: str, model: nn.Module, missing: Collection[str]) -> None:
     if missing and {key for key, _ in model.named_parameters() if key.startswith(prefix)} <= set(missing):
         raise ConfigError(
             f"model '{name}'",
-            f"{type(model).__name__} takes none of its weights, because the checkpoint names them otherwise",
+            f"none of its weights has a name that {type(model).__name__} expects, so all would start at random",
             fix="Use a model of another architecture for this task",
         )
 

@@ -129,7 +129,7 @@ def _evaluate(
     for note in remarks_on(data, found.task.columns()):
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
-    warn_if_mixed(adapter_folder if is_own_data else None, data, [rows], reporter)
+    warn_of_changed_data(adapter_folder if is_own_data else None, data, [rows], reporter)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
@@ -197,7 +197,9 @@ def load_target(
     return found
 
 
-def warn_if_mixed(adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split], reporter: Reporter) -> None:
+def warn_of_changed_data(
+    adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split], reporter: Reporter
+) -> None:
     """Print a warning if ``chosen`` holds a part of a split that training divided, and not the part of training.
 
     The division depends on the rows, so if these have changed, validation rows may have been trained on.
@@ -271,9 +273,10 @@ def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
     if not path.is_dir():
         if path.suffix.lower() in _OTHER_FORMATS:
             raise ConfigError(
-                "--predictions", f"{path.name} is no name of a tab-separated file, the format of GLUE's server",
-                fix=f"Call it {path.stem}.tsv, or write other formats with predict -o {path.name}",
-            )  # fmt: skip
+                "--predictions",
+                f"predictions are tab-separated, as GLUE's server takes them, and {path.name} has another suffix",
+                fix=f"Name the file {path.stem}.tsv, or run predict -o {path.name}",
+            )
         return _checked(path)
     name = names.get(split, f"{split}.tsv")
     if not is_plain_name(name):  # may come from an untrusted recipe in the target

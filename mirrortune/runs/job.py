@@ -165,7 +165,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     if _has_head(source, task):
         task, more = with_outputs(task, source.config, is_given=settings.task.labels is not None)
         notes = [*notes, *more]
-    for text in (*notes, *_says_new_head(source, task)):
+    for text in (*notes, *_new_head_notes(source, task)):
         reporter.note(text)
     rows = replace(rows, task=task)
     base = _size(settings, rows, source, reporter)
@@ -201,7 +201,7 @@ def _outputs_of_head(source: ModelSource, task: Task) -> int | None:
     return outputs if labels_of(task) and any(str(name).endswith(kind) for name in names) else None
 
 
-def _says_new_head(source: ModelSource, task: Task) -> Iterator[str]:
+def _new_head_notes(source: ModelSource, task: Task) -> Iterator[str]:
     """Yield a note if the head of the checkpoint is of the task's kind, but has another size and is replaced."""
     outputs, labels = _outputs_of_head(source, task), labels_of(task)
     if outputs is not None and outputs != len(labels):

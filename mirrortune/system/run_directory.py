@@ -9,7 +9,6 @@ written under a temporary name and renamed when complete. Pickle is never used.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -49,6 +48,7 @@ from mirrortune.system.outputs import (
     settle,
     write_marker,
 )
+from mirrortune.system.paths import sha256_of
 
 STATE_VERSION = 2
 _TRAINING, _STATE, _SUMS = "training.safetensors", "state.json", "SHA256SUMS"
@@ -321,7 +321,7 @@ class RunDirectory:
             save_file(tensors, folder / _TRAINING)
             described = {"format_version": STATE_VERSION, **asdict(state), "python_random": random.getstate()}
             (folder / _STATE).write_text(json.dumps(described) + "\n", encoding="utf-8")
-            digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+            digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
             (folder / _SUMS).write_text(_sums(digests), encoding="utf-8")
 
         try:
@@ -473,7 +473,7 @@ def _check_sums(folder: Path) -> None:
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     if pipe := next((name for name in listed if not (folder / name).is_file()), None):  # reading a pipe would block
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / pipe))
-    found = {name: _sha256(folder / name) for name in listed}
+    found = {name: sha256_of(folder / name) for name in listed}
     for name, digest in found.items():
         if digest != listed[name]:
             raise ValueError(f"{name} is not the file that was saved: its SHA-256 is another")
@@ -483,11 +483,6 @@ def _check_sums(folder: Path) -> None:
 
 def _sums(digests: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_merge(run: RunDirectory, output_dir: str, report: dict[str, Any]) -> None:

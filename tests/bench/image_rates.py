@@ -47,6 +47,12 @@ def mean(tasks: dict[str, dict[str, list[float]]], names: Sequence[str], split: 
     return fmean(fmean(tasks[name][split]) for name in names)
 
 
+def choose(rates: dict[str, dict[str, Any]]) -> float:
+    """Return the rate with the higher mean on the held-out halves of the shared tasks."""
+    names = shared(rates)
+    return float(max(rates, key=lambda rate: mean(rates[rate], names, CHOICE)))
+
+
 def table(methods: Scores, chosen: dict[str, float]) -> str:
     """Return the table in Markdown."""
     heads = [f"{name}, {split}" for name in _TASKS for split in (CHOICE, TEST)]
@@ -78,10 +84,7 @@ def main() -> None:
     methods: Scores = json.loads(file.read_text(encoding="utf-8"))["methods"]
     for comparison in sys.argv[1:]:
         add(methods, json.loads((Path(comparison) / "results.json").read_text(encoding="utf-8")))
-    chosen = {}
-    for method, rates in methods.items():
-        names = shared(rates)
-        chosen[method] = float(max(rates, key=lambda rate: mean(rates[rate], names, CHOICE)))
+    chosen = {method: choose(rates) for method, rates in methods.items()}
     file.write_text(json.dumps({"chosen": chosen, "methods": methods}, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "table.md").write_text(table(methods, chosen), encoding="utf-8")
 

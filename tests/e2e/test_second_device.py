@@ -62,13 +62,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_device(desk: Path, *words: str, start: Sequence[str] = ("-m", "tests.second_device")) -> None:
-    """Run commands with models on the device, or what ``start`` says; they succeed."""
+def on_device(desk: Path, *words: str, start: Sequence[str] = ("-m", "tests.second_device")) -> str:
+    """Run commands with models on the device, or what ``start`` says; they succeed. Return all that they print."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "MIRRORTUNE_CACHE": str(desk / "cache")}
     done = subprocess.run(
         [sys.executable, *start, *words], cwd=desk, env=env, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def classify(method: str, run: str, *words: str) -> tuple[str, ...]:
@@ -85,24 +86,28 @@ def results(desk: Path, run: str) -> dict[str, Any]:
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_model_is_trained_scored_and_merged_as_on_the_cpu(desk: Path, precision: str) -> None:
     words = ("--precision", precision)
-    on_device(
+    said = on_device(
         desk, *classify("mirror-scale", f"{precision}-run", *words),
         "--then", "eval", f"{precision}-run", "--then", "merge", f"{precision}-run", "-o", f"{precision}-merged",
         "--then", "predict", f"{precision}-run", "--data", "reviews.csv", "-o", f"{precision}-answers.csv",
     )  # fmt: skip
     on_device(desk, *classify("mirror-scale", f"{precision}-cpu", *words), start=("-m", "mirrortune"))
+    assert "running on sim with 1 process" in said
     scores = [results(desk, f"{precision}-{name}")["metrics"]["loss"] for name in ("run", "cpu")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5 if precision == "fp32" else 1e-2)
     assert (desk / f"{precision}-merged" / "model.safetensors").is_file()
 
 
 def test_a_device_without_float64_trains_rotations_and_draws_answers(desk: Path) -> None:
-    on_device(
+    said = on_device(
         desk, "--no-float64", "train", "--model", "llama", "--task", "causal-lm", "--data", "chat.jsonl",
         "-o", "apple", *_SHORT, "model.attention=eager",
         "--then", "predict", "apple", "--text", "the film was", "--temperature", "0.8", "--top-p", "0.9",
         "--max-new-tokens", "4",
     )  # fmt: skip
+    assert "running on sim with 1 process" in said
+    angles = [json.loads(line) for line in (desk / "apple" / "progress.jsonl").read_text().splitlines()]
+    assert any(entry.get("angle_rms") for entry in angles)
 
 
 @pytest.mark.parametrize("float64", [pytest.param(True, marks=pytest.mark.slow), False])
@@ -118,6 +123,8 @@ def test_models_that_are_on_the_device_are_adapted_there(desk: Path, float64: bo
 def test_every_kind_of_method_is_trained_scored_and_merged(desk: Path, method: str, float64: tuple[str, ...]) -> None:
     words = ("--rank", "8") if method in ("psoft", "lora-xs", "lora-sb") else ()
     run = f"{method}{'-'.join(float64)}"
-    on_device(
+    said = on_device(
         desk, *float64, *classify(method, run, *words), "--then", "eval", run, "--then", "merge", run, "-o", f"{run}-m",
     )  # fmt: skip
+    assert "running on sim with 1 process" in said
+    assert (desk / f"{run}-m" / "model.safetensors").is_file()

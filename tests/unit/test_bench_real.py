@@ -13,7 +13,7 @@ import yaml
 
 from mirrortune.compare.grid import parse_contender
 from mirrortune.config.recipe import override_layer, read_recipe, resolve
-from tests.bench import answers, real, real_claims, short_runs
+from tests.bench import answers, image_rates, real, real_claims, short_runs
 from tests.bench.real_hub import data_folder, publish
 from tests.bench.real_report import averages, front, table, write_report
 from tests.hub_server import LoopbackHub
@@ -28,6 +28,44 @@ def test_a_method_runs_on_every_task_before_the_next_wave_does() -> None:
     assert [name for name, _ in real.plan(["rte"])] == ["trec", "rte"] * len(real.WAVES), "rates are chosen on trec"
     for name, task in real.TASKS.items():
         assert [*real.TASKS].index(task.tuned_on or name) <= [*real.TASKS].index(name)
+
+
+def test_methods_of_an_earlier_report_are_kept_and_not_run_again(tmp_path: Path) -> None:
+    earlier = {
+        "trec": {
+            "methods": {"svft": {"seeds": [0, 1, 2], "lr": 0.03}, "mirror": {"seeds": [0], "lr": 0.03}},
+            "tests": 1,
+        },
+        "dtd": {"methods": {}},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    options = real.parse(
+        [str(tmp_path), "--kept", str(tmp_path / "results.json"), "--methods", "mirror", "svft", "psoft"]
+    )
+    assert real.missing("trec", real.ORDER, options) == ["mirror", "psoft"], "one of three seeds is not enough"
+    assert real.missing("rte", real.ORDER, options) == ["mirror", "svft", "psoft"]
+    words = real.command("rte", ["svft", "psoft"], tmp_path, options)
+    assert words[words.index("--methods") + 1] == "svft:lr=0.03,psoft:lr=?", "rates are those of the earlier report"
+
+    new = {"psoft": {"seeds": [0, 1, 2]}, "mirror": {"seeds": [0, 1, 2]}, "svft": {"seeds": [0, 1]}}
+    found = real.merge(earlier, {"trec": {"methods": new, "tests": 2}, "rte": {"methods": new}})
+    assert list(found) == ["trec", "rte", "dtd"]
+    seeds = {label: own["seeds"] for label, own in found["trec"]["methods"].items()}
+    assert seeds == {"mirror": [0, 1, 2], "svft": [0, 1, 2], "psoft": [0, 1, 2]}
+    assert [*seeds] == ["mirror", "svft", "psoft"], "in the order of the plan"
+    assert found["trec"]["tests"] == 1
+
+
+def test_a_rate_on_images_is_chosen_on_the_tasks_that_all_rates_have() -> None:
+    methods: image_rates.Scores = {}
+    for rate, tasks in {"1e-2": {"flowers": 0.5, "dtd": 0.1}, "3e-2": {"flowers": 0.4}}.items():
+        for name, score in tasks.items():
+            split = {"values": [score, score]}
+            found = {"seeds": [0, 1], "reported": {"held-out half": split, "test": split}}
+            image_rates.add(methods, {"tasks": {real.TASKS[name].recipe: {"methods": {f"svft:lr={rate}": found}}}})
+    assert image_rates.shared(methods["svft"]) == ["flowers"]
+    assert image_rates.choose(methods["svft"]) == 0.01
+    assert "| `svft` | 0.01 * | 50.0 | 50.0 ± 0.0 | 10.0 |" in image_rates.table(methods, {"svft": 0.01})
 
 
 @pytest.mark.parametrize("name", real.TASKS)

@@ -153,14 +153,12 @@ class AdapterFile:
         """
         tensors = AdapterFile.trained_tensors(model) | basis_tensors(model, fingerprints)
         tensors |= factor_tensors(model) if form == "portable" else {}
-        held = spectral_layers(model)
+        dtypes = {name: rounding_of(layer.U, layer.Vh) for name, layer in spectral_layers(model).items()}
         layers = {
             name: {
                 **describe_target(name, target),
                 **describe_basis(fingerprints[name]),
-                "dtype": str(fingerprints[name].coarsest(rounding_of(held[name].U, held[name].Vh))).removeprefix(
-                    "torch."
-                ),
+                "dtype": str(fingerprints[name].coarsest(dtypes[name])).removeprefix("torch."),
             }
             for name, target in attachment(model).targets.layers.items()
         }

@@ -39,7 +39,7 @@ def test_plain_names_are_taken(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["p.csv", "p.JSONL", "p.parquet"])
 def test_names_of_other_formats_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^--predictions: {name} is no name of a tab-separated.* predict -o {name}\.$"
+        ConfigError, match=rf"^--predictions: predictions are tab-sep.* {name} has .* run predict -o {name}\.$"
     ):
         prediction_file(tmp_path / name, "test", {})
 
