@@ -29,7 +29,7 @@ from mirrortune.adapters.svd import FACTORIZE_VERSION, Factors, are_leading_trip
 from mirrortune.system.atomic import alone_with, write_atomically
 from mirrortune.system.paths import cache_folder, is_safe_entry
 
-# Matrices whose smaller side is below this are factorised on their own device, since a GPU gains nothing.
+# Matrices whose smaller side is below this are factorised on the CPU, since a GPU gains nothing.
 _SMALLEST_SIDE = 1024
 # Bytes for matrices that are factorised in parallel, and number of float64 copies of a matrix that LAPACK needs.
 _MEMORY, _COPIES = 1 << 30, 6
@@ -46,7 +46,7 @@ class FactorCache:
         misses: number of matrices factorised.
         seconds: time spent on both.
         folder: folder of the cache.
-        device: device for large matrices, such as a GPU (``devices.factorising_device``); None for that of the weight.
+        device: device for large matrices, such as a GPU (``devices.factorising_device``); None for the CPU.
     """
 
     on_layer: Callable[[str], None] | None = None
@@ -139,7 +139,7 @@ class FactorCache:
     def _place_to_compute(self, weight: Tensor) -> Iterator[torch.device | None]:
         """Reserve the device for one weight; yield None for a small weight or if memory is short."""
         device = self.device
-        if device is None or device == weight.device or min(weight.shape[-2:]) < _SMALLEST_SIDE:
+        if device is None or min(weight.shape[-2:]) < _SMALLEST_SIDE:
             yield None
             return
         with self._computing:

@@ -27,6 +27,7 @@ from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.system.devices import factorising_device
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.objective import Objective
 
@@ -139,9 +140,9 @@ class Calibration:
                 if not bool(torch.isfinite(slope).all()):
                     fix = "Use --precision fp32, or another base"
                     raise DataError(name, "the gradient of this weight is not finite", fix=fix)
-                found[name] = factorize(-target.matrix(slope).sign(), target.rank, name=name).to(
-                    device=torch.device("cpu"), dtype=torch.float64
-                )
+                step = -target.matrix(slope).sign()
+                made = factorize(step, target.rank, name=name, device=factorising_device(self.accelerator.device))
+                found[name] = made.to(device=torch.device("cpu"), dtype=torch.float64)
         return found
 
     @contextmanager

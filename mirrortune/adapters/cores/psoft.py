@@ -82,7 +82,8 @@ class Psoft(MatrixCore):
         """Return the angles of the planes that R rotates, from the eigenvalues +-i tan(angle / 2) of Q."""
         rank = self.S.shape[0]
         Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
-        tangents: Tensor = torch.linalg.eigvals(to_float64(Q - Q.T)).imag
+        # On the CPU: not every build of torch has eigenvalues of a general matrix for GPUs.
+        tangents: Tensor = torch.linalg.eigvals((Q - Q.T).cpu().double()).imag
         return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
 
     @torch.no_grad()
