@@ -138,6 +138,22 @@ def test_a_process_closes_its_connections(
     assert not distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("word", "is_closed"), [("ls", True), ("what", False)])
+def test_a_process_that_failed_does_not_wait_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, is_closed: bool
+) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "get_backend", lambda: "nccl")  # which closes connections with all processes
+    monkeypatch.setattr(sys, "argv", ["mirrortune", "recipes", word])
+    try:
+        with pytest.raises(SystemExit):
+            app.main()
+        assert distributed.is_initialized() is not is_closed
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_is_a_safe_stop(pair: Pair, tmp_path: Path) -> None:
     run, words = tmp_path / "run", [*pair.words, "--batch-size", 8, "--num-processes", 2]
