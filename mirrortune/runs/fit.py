@@ -237,7 +237,7 @@ def device_memory(device: str) -> tuple[int, str]:
                 return limit, f"{LIMIT_VARIABLE}={asked}"
         raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB above 0")
     if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory), "the GPU"
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory), "the GPU"
     import psutil  # noqa: PLC0415
 
     total = int(psutil.virtual_memory().total)

@@ -49,7 +49,7 @@ from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.runs.size import Plan, attach_empty, make_plan
 from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import default_device, is_set, resolve_precision
+from mirrortune.system.devices import default_device, is_set, resolve_precision, uses_cuda
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns, labels_of
 from mirrortune.tasks.classes import output_names, with_outputs
 from mirrortune.tasks.objective import Objective, make_objective
@@ -407,7 +407,7 @@ def _fit(
         model=base.model, config=base.source.config.to_dict(), task=task, train=encoded.train,
         scored=(encoded.validation, *encoded.reported.values()), has_length=base.max_length is not None,
         spec=base.spec, targets=plan.targets,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if uses_cuda() else "cpu",
         keeps_weights=samples is not None
         or any(generates(task, examples) for examples in (encoded.validation, *encoded.reported.values())),
     )  # fmt: skip

@@ -36,7 +36,7 @@ from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.job import Job
 from mirrortune.runs.load import base_identity
 from mirrortune.system.console import Reporter, describe_metrics
-from mirrortune.system.devices import peak_resident_bytes, resolve_precision
+from mirrortune.system.devices import peak_resident_bytes, resolve_precision, uses_cuda
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
@@ -413,11 +413,11 @@ def environment(
 
 def peak_memory_bytes() -> int:
     """Return the peak memory in bytes so far: allocated on the GPU, or of this process without a GPU."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         return int(torch.cuda.max_memory_allocated())
     return peak_resident_bytes()
 
 
 def peak_reserved_bytes() -> int | None:
     """Return the peak memory in bytes that the GPU's allocator has reserved so far, or None without a GPU."""
-    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+    return int(torch.cuda.max_memory_reserved()) if uses_cuda() else None

@@ -156,9 +156,18 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
 
 
+def uses_cuda() -> bool:
+    """Return whether this process computes on a CUDA GPU; False for a run on the CPU of a machine that has one.
+
+    A GPU must not be asked anything in such a run: the first question takes hundreds of megabytes of its memory, or
+    fails if it is busy.
+    """
+    return default_device().type == "cuda"
+
+
 def memory_bytes() -> dict[str, int]:
     """Return the bytes allocated to tensors and reserved by the allocator on the GPU; empty without a GPU."""
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         return {}
     return {
         "memory_allocated_bytes": int(torch.cuda.memory_allocated()),

@@ -17,6 +17,7 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.load import restore_into
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters, trained_buffers
 from mirrortune.errors import ConfigError
+from mirrortune.system.devices import uses_cuda
 from mirrortune.system.distributed import sharding, sync
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
@@ -180,7 +181,7 @@ def random_tensors() -> dict[str, Tensor]:
         "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
         "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if uses_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -202,5 +203,5 @@ def restore_random(states: dict[str, Tensor]) -> None:
     position, has_gauss, gauss = states["numpy.rest"].tolist()
     keys = states["numpy.keys"].numpy().view(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and uses_cuda():
         torch.cuda.set_rng_state(states["cuda"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import json
 import os
 import pickle
 import sys
@@ -31,6 +32,7 @@ from mirrortune.runs.train import train
 from mirrortune.system import devices
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import as_computed, autocast, widen, wrap_calls
+from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import tiny_bert, tiny_causal
 from tests.tiny_runs import HEAD, logits
 
@@ -99,6 +101,21 @@ def test_the_machine_has_a_limit_without_posix(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(fit.LIMIT_VARIABLE, "x")
     with pytest.raises(ConfigError):
         fit.device_memory("cpu")
+
+
+def test_a_run_on_the_cpu_asks_the_gpu_of_its_machine_nothing(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without one, any other function of it fails
+    data = write_table(tmp_path / "reviews.csv", reviews(20))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--max-steps", 2, "-o", tmp_path / "run"]
+    outcome = mirrortune("train", *words, "--gradient-accumulation-steps", 2, "--json")
+    assert outcome.exit_code == 0
+    assert "(a guess" not in outcome.said
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["peak_memory_bytes"] > 2**20
+    assert results["peak_reserved_bytes"] is None
 
 
 def test_widen_changes_only_what_is_named_and_in_16_bits() -> None:
