@@ -187,8 +187,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def device_error(error: BaseException) -> ResourceError | None:
-    """Return the error for an exception of torch by which a device ran out of memory, or a model does not compute in
-    16 bits; None for any other exception.
+    """Return the error for an exception of torch by which a device ran out of memory, a model does not compute in 16
+    bits, or torch has no code for a GPU; None for any other exception.
     """
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     is_torch = isinstance(error, RuntimeError)
@@ -203,10 +203,18 @@ def device_error(error: BaseException) -> ResourceError | None:
             "train.precision", f"the model does not compute in 16 bits ({text})",
             fix="Use --precision fp32, with model.dtype=float32 if the base is stored in 16 bits",
         )  # fmt: skip
+    if is_torch and _NO_CODE in text:
+        return ResourceError(
+            "device", f"this build of torch has no code for this GPU ({text})",
+            fix="Install a build that has (torch.cuda.get_arch_list() lists them), or set CUDA_VISIBLE_DEVICES= to use "
+            "the CPU",
+        )  # fmt: skip
     return None
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, MPS and XPU; of CPUs
+# Of CUDA, MPS and XPU; of CPUs; of CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED), which get what torch has left them.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+_NO_CODE = "no kernel image is available"  # GPUs older or newer than those that a build was made for
 _NOT_IN_16_BITS = (
     "BFloat16 without overflow",
     "Half without overflow",

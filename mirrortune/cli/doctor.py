@@ -51,6 +51,8 @@ def _device(device: dict[str, Any]) -> str:
         parts.append(f"{_gibibytes(device['memory_bytes'])} of memory ({_gibibytes(device['free_bytes'])} free)")
     if "capability" in device:
         parts.append(f"compute capability {device['capability']}, runtime {device['runtime']}")
+    if "problem" in device:
+        parts.append(device["problem"])
     return ", ".join(parts)
 
 

@@ -18,6 +18,8 @@ from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.distributed.sharding import Sharding
 
 _COMPILERS = ("g++", "clang++", "c++", "cl")
+_C_COMPILERS = ("gcc", "clang", "cl")
+_OLDEST_OF_TRITON = (7, 0)  # compute capability; torch's inductor refuses older GPUs in the first step
 
 
 def check_compiler(device: torch.device) -> None:
@@ -29,6 +31,13 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ResourceError("--compile", "the package triton is missing", fix="Install it, or leave --compile out")
+        if not any(map(shutil.which, filter(None, (os.environ.get("CC"), *_C_COMPILERS)))):
+            problem = "no C compiler was found, which triton needs"
+            raise ResourceError("--compile", problem, fix="Install gcc, name one in CC, or leave --compile out")
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < _OLDEST_OF_TRITON:
+            problem = f"triton has no code for this GPU (compute capability {'.'.join(map(str, capability))})"
+            raise ResourceError("--compile", problem, allowed="7.0 or newer", fix="Leave --compile out")
     elif not any(map(shutil.which, (os.environ.get("CXX") or "c++", *_COMPILERS))):
         raise ResourceError(
             "--compile", "no C++ compiler was found", fix="Install g++, name one in CXX, or leave --compile out"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mirrortune import __version__
-from mirrortune.errors import MirrortuneError
+from mirrortune.errors import MirrortuneError, first_line
 from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import (
     bfloat16_slowdown,
@@ -147,12 +147,14 @@ def _accelerators() -> list[dict[str, Any]]:
         return []
     found = []
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        found.append({
-            "kind": "cuda", "name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_bytes": free,
-            "capability": f"{major}.{minor}", "runtime": torch.version.cuda or torch.version.hip,
-        })  # fmt: skip
+        device = {"kind": "cuda", "name": torch.cuda.get_device_name(index)}
+        device |= {"capability": f"{major}.{minor}", "runtime": torch.version.cuda or torch.version.hip}
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            found.append({**device, "memory_bytes": total, "free_bytes": free})
+        except RuntimeError as error:  # it is full, broken, or another process has it for itself
+            found.append({**device, "problem": first_line(error)})
     return found
 
 

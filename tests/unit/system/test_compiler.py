@@ -40,6 +40,22 @@ def test_without_a_compiler_it_is_refused_before_anything_is_read(
     check_compiler(CPU)
 
 
+def test_what_triton_needs_is_checked_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capability, gpu = [(6, 1)], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ResourceError, match="no C compiler was found, which triton needs"):
+        check_compiler(gpu)
+    (tmp_path / "gcc").write_text("#!/bin/sh\n", encoding="utf-8")
+    (tmp_path / "gcc").chmod(0o755)
+    with pytest.raises(ResourceError, match=r"compute capability 6\.1"):
+        check_compiler(gpu)
+    capability[0] = (7, 5)
+    check_compiler(gpu)
+
+
 def test_a_model_that_is_cut_is_refused() -> None:
     with pytest.raises(ConfigError, match="FSDP2"):
         compile_model(tiny_bert(), SimpleNamespace(is_fsdp2=True))

@@ -66,8 +66,13 @@ def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(index: int) -> tuple[int, int]:
+        if index == 0:
+            raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+        return 3 * 2**30, 16 * 2**30
+
     fake = SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 2, mem_get_info=lambda index: (3 * 2**30, 16 * 2**30),
+        is_available=lambda: True, device_count=lambda: 2, mem_get_info=free,
         get_device_capability=lambda index: (7, 5), get_device_name=lambda index: f"Tesla T4 {index}",
         is_bf16_supported=lambda including_emulation=True: including_emulation,
     )  # fmt: skip
@@ -82,6 +87,7 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
         "kind": "cuda", "name": "Tesla T4 1", "memory_bytes": 16 * 2**30, "free_bytes": 3 * 2**30, "capability": "7.5",
         "runtime": "12.8",
     }  # fmt: skip
+    assert machine._accelerators()[0]["problem"] == "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
 
 
 @pytest.mark.usefixtures("ada")
