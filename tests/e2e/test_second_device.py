@@ -18,6 +18,7 @@ from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 _SHORT = ("--max-steps", "3", "--batch-size", "8", "--seed", "1")
 _IN_PYTHON = """
+import copy
 import sys
 import torch
 from tests import second_device
@@ -46,8 +47,11 @@ for method in ("mirror-scale", "neighbor", "svft", "psoft", "lora-xs", "speclora
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         model.train()(**inputs, labels=torch.zeros(3, dtype=torch.long).to("sim")).loss.backward()
         optimizer.step()
-    for layer in model.mirrortune.layers.values() if method == "psoft" else ():
-        layer.core.angles()
+    for layer in model.mirrortune.layers.values() if method in ("mirror-scale", "neighbor", "psoft") else ():
+        gathered = copy.deepcopy(layer.core)  # as FSDP2's parameters are, to be read
+        for name, parameter in list(gathered.named_parameters()):
+            gathered.register_parameter(name, torch.nn.Parameter(parameter.detach().cpu()))
+        torch.testing.assert_close(gathered.angles(), layer.core.angles().cpu())
     expected = answers(model)
     save_adapter(model, method)
     torch.testing.assert_close(answers(load_adapter(tiny_bert().to("sim"), method)), expected)

@@ -145,7 +145,8 @@ class Givens(Core):
 
     @override
     def angles(self) -> Tensor:
-        return self.theta * self.theta_step
+        # The parameters of a sharded model are gathered on the CPU, to be read; its buffers stay on the GPU.
+        return self.theta * self.theta_step.to(self.theta.device)
 
     def _signed_angles(self) -> Tensor:
         """Return the angle of each axis in each round, (n, R): negative for the lower of a pair, zero for unpaired."""

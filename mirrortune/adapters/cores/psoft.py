@@ -80,10 +80,11 @@ class Psoft(MatrixCore):
     @torch.no_grad()
     def angles(self) -> Tensor:
         """Return the angles of the planes that R rotates, from the eigenvalues +-i tan(angle / 2) of Q."""
-        rank = self.S.shape[0]
-        Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
-        # On the CPU: not every build of torch has eigenvalues of a general matrix for GPUs.
-        tangents: Tensor = torch.linalg.eigvals((Q - Q.T).cpu().double()).imag
+        # On the CPU: the parameters of a sharded model are gathered there, to be read, and its buffers stay on the GPU;
+        # and not every build of torch has eigenvalues of a general matrix for GPUs.
+        rank, skew = self.S.shape[0], self.skew.cpu()
+        Q = skew.new_zeros(rank, rank).index_put((self.upper.cpu(), self.lower.cpu()), skew)
+        tangents: Tensor = torch.linalg.eigvals((Q - Q.T).double()).imag
         return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
 
     @torch.no_grad()
