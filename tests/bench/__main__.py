@@ -4,14 +4,16 @@
     python -m tests.bench                                on a CPU: an hour or two
     python -m tests.bench --quick                        a few minutes, small sizes: whether everything runs
     python -m tests.bench methods factorise              some parts
-    python -m tests.bench --device cuda                  on a GPU: bfloat16, sequences of 512 to 2,048 tokens
+    python -m tests.bench --device cuda                  on a GPU: half an hour, the most telling parts first
+    python -m tests.bench --device cuda --minutes 10     what fits into ten minutes
     python -m tests.bench --table                        the table of what is there, measuring nothing
 
 Each part leaves ``results.json`` and ``table.md`` in a folder of its own under ``tests/bench/results``, with hardware
 and versions; the table of targets is ``targets-DEVICE.md`` there. A quick run writes nothing there unless ``-o`` says
 where. Ratios are of turns: a part takes steps or runs of all that it compares one after the other, again and again, and
 divides within a turn, so that a machine that slows down slows all of them. ``--clock cpu`` compares processor time, for
-a machine that others use too. A part that fails is said at the end (exit code 1), and the others go on.
+a machine that others use too. A part that fails, or that ``--minutes`` cuts, is said at the end (exit code 1), and the
+others go on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +50,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=PARTS, default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, a few minutes")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--minutes", type=float, help="stop then, wherever it is; finished parts are kept")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args(words)
     known = PARTS[options.device]
@@ -66,8 +70,8 @@ def chosen(options: argparse.Namespace) -> dict[str, Part]:
     return {name: known[name] for name in dict.fromkeys(wanted)}
 
 
-def run(part: Part, output: Path, options: argparse.Namespace) -> bool:
-    """Run a part in a process of its own; whether it succeeded."""
+def run(part: Part, output: Path, options: argparse.Namespace, seconds: float | None = None) -> bool:
+    """Run a part in a process of its own for at most ``seconds``; whether it succeeded."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -75,28 +79,41 @@ def run(part: Part, output: Path, options: argparse.Namespace) -> bool:
         words = part.command(output, Path(scratch), is_quick=options.quick, clock=options.clock)
         command = [sys.executable, "-m", f"tests.bench.{part.module}", *words]
         env["MIRRORTUNE_CACHE"] = str(Path(scratch) / "cache")
-        done = subprocess.run(command, check=False, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    say(done.stdout)
-    if not part.writes and done.returncode == 0:
+        process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except BaseException as error:  # Ctrl-C too, which does not reach a session of its own
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started, which hold the GPU
+            printed, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+    say(printed)
+    if not part.writes and process.returncode == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "table.md").write_text(done.stdout, encoding="utf-8")
-    return done.returncode == 0
+        (output / "table.md").write_text(printed, encoding="utf-8")
+    return process.returncode == 0
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[str]:
     """Run the chosen parts and write the table of targets; the names of those that failed."""
-    failed = []
+    failed, begun = [], time.perf_counter()
     for name, part in chosen(options).items():
-        say(f"\n## {name}\n\n")
         started = time.perf_counter()
-        if not run(part, folder / part.folder, options):
+        left = None if options.minutes is None else 60 * options.minutes - (started - begun)
+        if left is not None and left <= 0:
+            failed.append(name)
+            continue
+        say(f"\n## {name}\n\n")
+        if not run(part, folder / part.folder, options, left):
             failed.append(name)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
     results = read_results(folder, options.device)
     rows = [t.row(results, is_judged=not options.quick) for t in targets(options.device, options.clock)]
     made = {**versions(), "python": platform.python_version()}
     remarks = [f"{hardware(options.device)}; {', '.join(f'{k} {v}' for k, v in made.items())}; {options.clock} clock."]
-    remarks += [f"Failed: {', '.join(failed)}."] if failed else []
+    remarks += [f"Failed, or not finished: {', '.join(failed)}."] if failed else []
     text = table(rows, remarks)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"targets-{options.device}.md").write_text(text, encoding="utf-8")

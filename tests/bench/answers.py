@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, source: Path) -> None:
     with real_hub(source) as hub:
         for name in options.only or TASKS:
             words = [sys.executable, "-m", "mirrortune", *command(name, folder, options)]
-            env = environment(hub.endpoint, folder, "cpu")
+            env = environment(hub.endpoint, folder, options.device)
             done = subprocess.run(words, check=False, env=env, cwd=folder, stdout=subprocess.DEVNULL)
             if done.returncode:
                 raise SystemExit(done.returncode)
@@ -168,6 +168,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, help="the rows, see tests/bench/real_hub.py")
     parser.add_argument("--model", type=Path, help="folder of the weights; those of tests/bench/assets.py by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, help="of 8 rows, in place of a task's own")
     parser.add_argument("--rows", type=int, help="that are answered, in place of a task's own")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")

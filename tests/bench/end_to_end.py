@@ -138,6 +138,8 @@ def run(name: str, place: Path, device: str) -> dict[str, float]:
            "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}  # fmt: skip
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, the Trainer would use nn.DataParallel
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     said = subprocess.run(
         command(name, place), check=True, env=env, cwd=place, stdout=subprocess.PIPE, text=True

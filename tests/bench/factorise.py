@@ -12,7 +12,8 @@ Time is processor time of one thread, medians. Exactness is the largest over ran
 (singular values from 1 to 1e-12): ||W - U S Vh|| / ||W|| and the largest entry of U^T U - I and Vh Vh^T - I. Then some
 square ones are factorised by the time on the clock: one after another with LAPACK's threads, and side by side with one
 thread each, as ``factor_cache.py`` does. Last, all 72 by ``FactorCache.share`` into an empty cache, by the clock: what
-a first run waits for. ``--device cuda`` does the same on a GPU with shapes of an 8B Llama.
+a first run waits for. ``--device cuda`` does the same on a GPU with shapes of an 8B Llama, and puts a square matrix
+into a cache by the GPU and by the CPU: whether it is worth it.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def matrices(shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
     """A random matrix as a layer has it, and one with singular values from 1 to 1e-12."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    U, _, Vh = torch.linalg.svd(drawn, full_matrices=False)
-    return {"random": drawn * 0.02, "ill-conditioned": U * torch.logspace(0, -12, min(shape), dtype=torch.float64) @ Vh}
+    U = torch.linalg.qr(drawn).Q
+    V = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)).Q
+    return {"random": drawn * 0.02, "ill-conditioned": U * torch.logspace(0, -12, min(shape), dtype=torch.float64) @ V}
 
 
 def errors(W: Tensor, found: Triplets) -> tuple[float, float]:
@@ -107,6 +109,11 @@ def whole(count: int, device: str) -> dict[str, Any]:
     """Seconds on the clock until ``count`` of a model's matrices are in an empty cache, and until they are read."""
     shapes = [shape for shape, number in SHAPES[device].items() for _ in range(number)]
     chosen = shapes[:: max(1, len(shapes) // count)][:count]
+    return {"of": len(shapes), **filled(chosen, device)}
+
+
+def filled(chosen: list[tuple[int, int]], device: str) -> dict[str, Any]:
+    """Seconds on the clock until matrices of the ``chosen`` shapes are in an empty cache, and until they are read."""
     weights = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(chosen)]
     layers = [(f"{i}", (lambda w=w: w), min(w.shape)) for i, w in enumerate(weights)]
     with tempfile.TemporaryDirectory() as folder:
@@ -117,22 +124,22 @@ def whole(count: int, device: str) -> dict[str, Any]:
         for name, matrix, rank in layers:
             cache(name, matrix(), rank)
         again = time.perf_counter() - started
-    return {"of": len(shapes), "count": len(chosen), "seconds": seconds, "again_seconds": again}
+    return {"count": len(chosen), "seconds": seconds, "again_seconds": again}
 
 
-def ways(repeats: int, device: str) -> dict[str, dict[str, Any]]:
-    """Every way on every shape: seconds, and how exact it is; ``all`` is what the whole model would take."""
+def ways(repeats: int, device: str, chosen: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The chosen ways on every shape: seconds, and how exact they are; ``all`` is what the whole model would take."""
     clock = time.process_time if device == "cpu" else time.perf_counter
-    found: dict[str, dict[str, Any]] = {way: {"seconds": {}, "residual": 0.0, "orthogonality": 0.0} for way in WAYS}
+    found: dict[str, dict[str, Any]] = {way: {"seconds": {}, "residual": 0.0, "orthogonality": 0.0} for way in chosen}
     for shape in SHAPES[device]:
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[float]] = {way: [] for way in chosen}
         for seed in range(repeats):
             for W in matrices(shape, seed).values():
                 there = W.to(device)
-                for way, make in WAYS.items():
+                for way in chosen:
                     wait()
                     started = clock()
-                    triplets = make(there)
+                    triplets = WAYS[way](there)
                     wait()
                     times[way].append(clock() - started)
                     residual, apart = errors(there, triplets)
@@ -150,11 +157,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     found = {"whole": whole(options.whole, options.device), "load": os.getloadavg()[0]}
-    clock = {}
-    if options.device == "cpu":
+    if options.device == "cuda":
+        square = next(iter(SHAPES["cuda"]))
+        clock = {place: filled([square], place)["seconds"] for place in ("cuda", "cpu")}
+    else:
         clock = side_by_side(options.side_by_side, cores) if options.side_by_side else {}
         torch.set_num_threads(1)
-    found |= {"ways": ways(options.repeats, options.device), "clock": clock, "count": options.side_by_side}
+    count = options.side_by_side if options.device == "cpu" else 1
+    found |= {"ways": ways(options.repeats, options.device, options.ways), "clock": clock, "count": count}
     return found | {"cores": cores, "device": options.device, "hardware": hardware(options.device)}
 
 
@@ -171,7 +181,7 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", f"{kind}. Asked for: a residual of 1e-12, orthogonality of 1e-8."]
     if found["clock"]:
         each = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in found["clock"].items())
-        lines.append(f"On the clock, {found['count']} of 768 x 768 on {cores} cores: {each}.")
+        lines.append(f"On the clock, {found['count']} of {next(iter(shapes))} on {cores} cores: {each}.")
     lines.append(
         f"On the clock, {done['count']} of the {done['of']} into an empty cache, {cores} cores (load "
         f"{found['load']:.1f}) and {found['device']}: {done['seconds']:.1f} s; read back and checked in "
@@ -194,6 +204,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side-by-side", type=int, default=8, help="matrices that are timed by the clock; 0 for none")
     parser.add_argument("--whole", type=int, default=72, help="matrices that are put into a cache")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args(words)
 

@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "saved_bytes": saved_bytes(made[name], batch),
             "step_seconds": statistics.median(own for own, _ in steps),
             "step_ratio": statistics.median(own / reference for own, reference in steps),
-            "merge_seconds": merge_seconds(made[name], base, clock),
+            "merge_seconds": None if options.no_merges else merge_seconds(made[name], base, clock),
         }
     num_weights = sum(isinstance(m, nn.Linear) and min(m.weight.shape) > 2 for m in base.modules())
     return {"methods": found, "factorise_seconds": seconds, "matrices": num_weights}
@@ -164,6 +164,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
+    parser.add_argument("--no-merges", action="store_true", help="leave out the merges, which are made on the CPU")
     options = parser.parse_args(words)
     options.methods = list(dict.fromkeys([REFERENCE, *options.methods]))
     return options

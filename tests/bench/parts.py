@@ -90,15 +90,26 @@ CPU = {
 def _on_gpu(size: str, length: int, rows: int) -> Part:
     methods = () if size == "base" else ("--methods", *LARGE)
     words = ("--device", "cuda", "--dtype", "bfloat16", "--size", size, "--batch", str(rows), "--length", str(length))
+    # A process for each method takes minutes; the part peak-8b has the peaks. Merges are made on the CPU.
+    words += ("--factors", "any", "--no-peaks", "--no-merges", *methods)
     return Part(
-        module="methods", folder=f"methods-cuda-{size}-{length}", words=(*words, "--factors", "any", *methods),
-        quick=("--steps", "3", "--warmup", "1", "--no-peaks", *_FEW),
+        module="methods", folder=f"methods-cuda-{size}-{length}", words=words,
+        quick=("--steps", "3", "--warmup", "1", *_FEW),
     )  # fmt: skip
 
 
 _EIGHT_B = ("--device", "cuda", "--dtype", "bfloat16", "--size", "8b", "--layers", "32", "--vocabulary", "128256",
             "--batch", "1", "--length", "2048")  # fmt: skip
+_STEPS = {f"methods-{size}-{length}": _on_gpu(size, length, rows)
+          for size, rows in (("1b", 4), ("8b", 2), ("base", 16)) for length in (1024, 2048, 512)}  # fmt: skip
+# What says most in the fewest minutes first: a machine may be lent for ten. How long a GPU takes to factorise in
+# float64 is not known, and so comes last.
 CUDA = {
+    "precisions": Part(
+        module="precisions", folder="precisions-cuda", has_folder=True, words=("--device", "cuda"),
+        quick=("--steps", "4", "--size", "mini", "--layers", "2", "--length", "64", "--no-compile"),
+    ),
+    "methods-1b-1024": _STEPS["methods-1b-1024"],
     "peak-8b": Part(
         module="peak", folder="peak-cuda-8b", words=(*_EIGHT_B, "--methods", "lora r=8", "mirror r=128", "frozen"),
         quick=("--layers", "2"),
@@ -107,15 +118,15 @@ CUDA = {
         module="strategies", folder="strategies-cuda", words=("--device", "cuda", "--autocast", "bfloat16"),
         quick=("--rows", "1024"),
     ),
-    "factorise": Part(
-        module="factorise", folder="factorise-cuda", words=("--device", "cuda", "--repeats", "1", "--whole", "4"),
-        quick=("--whole", "1"),
-    ),
-    **{f"methods-{size}-{length}": _on_gpu(size, length, rows)
-       for size, rows in (("base", 16), ("1b", 4), ("8b", 2)) for length in (512, 1024, 2048)},
+    **_STEPS,
     "end-to-end": Part(
         module="end_to_end", folder="end-to-end-cuda", words=("--device", "cuda"),
         quick=("--rows", "80", "--repeats", "1", "--starts", "1"),
+    ),
+    "factorise": Part(
+        module="factorise", folder="factorise-cuda",
+        words=("--device", "cuda", "--repeats", "1", "--whole", "4", "--ways", "gesdd", "Gram and gesdd"),
+        quick=("--whole", "1", "--ways", "gesdd"),
     ),
 }  # fmt: skip
 PARTS = {"cpu": CPU, "cuda": CUDA}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, footprint
 from tests.bench import __main__ as bench
-from tests.bench import pairing_drift, rates
+from tests.bench import pairing_drift, precisions, rates
 from tests.bench.contestants import (
     FROZEN,
     METHODS,
@@ -99,7 +100,7 @@ def test_merging_is_timed_however_a_layer_computes(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["methods", "--device", "cuda"], "no part methods on cuda; there are peak-8b, "),
+        (["methods", "--device", "cuda"], "no part methods on cuda; there are precisions, methods-1b-1024, "),
         (["--device", "cuda", "--clock", "cpu"], "the processor's time says nothing of a GPU"),
     ],
 )
@@ -108,6 +109,43 @@ def test_what_makes_no_sense_is_refused(words: list[str], said: str, capsys: pyt
         bench.parse(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_part_is_cut_when_its_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = bench.parse(["scaling", "methods", "--minutes", "0"])
+    started = time.perf_counter()
+    assert not bench.run(PARTS["cpu"]["methods"], tmp_path / "out", options, seconds=0.2)
+    assert time.perf_counter() - started < 60, "it would take many minutes"
+    assert bench.measure(options, tmp_path) == ["scaling", "methods"], "no time is left to begin with them"
+    assert "Failed, or not finished: scaling, methods." in capsys.readouterr().out
+
+
+def test_a_command_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(precisions.ROOT)}
+    failed = precisions.run("what, bf16", ["what"], tmp_path, env)
+    assert failed["code"] == 2
+    assert (tmp_path / "what-bf16.log").is_file()
+    gone = precisions.run("resume, bf16", ["train"], tmp_path, env)
+    assert gone["code"] == -1, "what it would continue has failed"
+    numbers = {"median_step_seconds": 0.01, "peak_memory_bytes": 2**30, "loss": 0.5, "skipped_steps": 0}
+    rows = {"lora r=8, bf16": {"code": 0, "seconds": 9.0, **numbers}, "what, bf16": failed, "resume, bf16": gone}
+    rows["mirror-scale, bf16"] = {**rows["lora r=8, bf16"], "median_step_seconds": 0.02}
+    found = {"commands": rows, "setting": "Any.", "hardware": "any", "versions": {"torch": "2"}}
+    said = precisions.table(found)
+    assert "| `mirror-scale` | bf16 | 20.0 ms | 2.00 | 1,024 MiB | 1.00 | 0.5000 | 0 |" in said
+    assert "| `lora r=8` | fp16 | not run |" in said
+    assert f"| what, bf16 | {failed['seconds']:.0f} | **exit code 2**: " in said
+
+
+def test_the_commands_of_a_first_session_have_folders_of_their_own(tmp_path: Path) -> None:
+    options = precisions.parse([str(tmp_path), "--device", "cuda"])
+    every = dict(precisions.commands(options))
+    trained = [
+        words[words.index("-o") + 1] for words in every.values() if words[0] == "train" and "--resume" not in words
+    ]
+    assert len({*trained}) == len(trained) >= 13
+    used = [words[1] for words in every.values() if words[0] in ("eval", "predict", "merge")]
+    assert {*used} <= {*trained, "merged-bf16", "merged-fp16"}
 
 
 def test_the_results_that_are_kept_can_be_read() -> None:
