@@ -20,6 +20,7 @@ from mirrortune.inference.prediction_file import PREDICTION, append_columns, new
 from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.evaluate import check_indices, eval_batch
+from mirrortune.runs.index_checks import check_end_tokens
 from mirrortune.runs.load import Evaluable
 from mirrortune.tasks.base import Task, TextTask
 from mirrortune.tasks.predicting import Predictions, PredictOptions
@@ -146,10 +147,11 @@ class BlockAnswers:
         )
 
     def _check(self, examples: Examples, source: str) -> None:
-        """Check the indices of a block, unless a block with longer rows and larger ids was checked before.
-
-        Repeating this slow check would find nothing new.
+        """Check the end tokens of a block, and its indices unless a block with longer rows and larger ids was checked
+        before: repeating this slow check would find nothing new.
         """
+        where = f"model '{self._target}'"
+        check_end_tokens(self.found.model, examples, self.found.processor, where=where, source=source)
         largest = max((int(ids.max()) for ids in examples.token_ids() if len(ids)), default=0)
         reach = (int(examples.lengths.max()), largest)
         if any(now > before for now, before in zip(reach, self._checked, strict=True)):

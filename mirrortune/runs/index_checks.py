@@ -8,6 +8,7 @@ Lookups out of range are thus found for any architecture, with the values that a
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mirrortune.data.examples import Batch, Examples
-from mirrortune.errors import ConfigError
+from mirrortune.data.examples import Batch, Examples, TokenExamples
+from mirrortune.errors import ConfigError, DataError, counted
 from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
 from mirrortune.system.devices import evaluating
 
@@ -28,6 +29,8 @@ _ATEN = torch.ops.aten
 _LARGEST = 1 << 22  # elements of the largest tensor that is computed; attention masks of long rows are not
 _META = torch.device("meta")
 _MOST_NAMED = 8  # tokens listed in a message
+_LONGEST_SHOWN = 80  # characters of a row in a message
+_CLASSIFIER = "ForSequenceClassification"
 
 
 class BeyondTableError(Exception):
@@ -111,7 +114,9 @@ def check_rows(model: nn.Module, examples: Examples, processor: Any, *, where: s
 
     Raises:
         ConfigError: an index is out of range; the error names the size of the table and the tokens or the index.
+        DataError: the rows have not as many end tokens as the model needs; see :func:`check_end_tokens`.
     """
+    check_end_tokens(model, examples, processor, where=where, source=source)
     batch = examples.batch(examples.extremes())
     try:
         if any(parameter.device.type != "meta" for parameter in model.parameters()):
@@ -125,6 +130,60 @@ def check_rows(model: nn.Module, examples: Examples, processor: Any, *, where: s
                               fix="Use the processor that belongs to the model") from error  # fmt: skip
     except Exception:  # noqa: BLE001  (a model that needs the values of weights cannot be checked)
         return
+
+
+def check_end_tokens(model: nn.Module, examples: Examples, processor: Any, *, where: str, source: str) -> None:
+    """Check that rows have equally many end tokens, one at least, if the model classifies a text by its end token.
+
+    BART's and T5's classifiers take the decoder's state at the last end token of each row, and fail otherwise.
+
+    Args:
+        model: any model.
+        examples: rows of a split.
+        processor: tokenizer of the rows, or another processor.
+        where: name of the model in errors.
+        source: name of the rows in errors.
+
+    Raises:
+        ConfigError: the tokenizer adds no end token, or pads with it.
+        DataError: a text contains it.
+    """
+    end = _end_that_is_read(model)
+    if end is None or not isinstance(examples, TokenExamples) or not len(examples):
+        return
+    name = processor.convert_ids_to_tokens(end)
+    if examples.padding.fill["input_ids"] == end:
+        raise ConfigError(
+            where, f"it reads the state at the last end token {name!r}, and its tokenizer pads with that token",
+            fix="Set another pad_token in its tokenizer_config.json",
+        )  # fmt: skip
+    sums = np.concatenate([[0], np.cumsum(examples.features["input_ids"] == end)])
+    counts = np.diff(sums[examples.offsets])
+    usual = int(np.bincount(counts).argmax())
+    if not usual:
+        raise ConfigError(
+            where, f"it reads the state at the end token {name!r}, which its tokenizer does not add to {source}",
+            allowed="a tokenizer that ends every text with the end token, as those of BART and T5 do",
+            fix="Correct its tokenizer (a post-processor in tokenizer.json), or use another model",
+        )  # fmt: skip
+    odd = np.flatnonzero(counts != usual)
+    if len(odd):
+        text = processor.decode(examples.features["input_ids"][slice(*examples.offsets[odd[0] : odd[0] + 2])])
+        raise DataError(
+            source, f"{counted(len(odd), 'row')} with {counts[odd[0]]} in place of {usual} end tokens {name!r}, and the"
+            f" model needs as many in every row: {text[:_LONGEST_SHOWN]!r}",
+            fix=f"Remove {name!r} from the texts",
+        )  # fmt: skip
+
+
+def _end_that_is_read(model: nn.Module) -> int | None:
+    """Return the id of the end token if the model is an encoder-decoder whose classifier looks for it in its inputs."""
+    config, forward = getattr(model, "config", None), inspect.unwrap(type(model).forward)
+    if not getattr(config, "is_encoder_decoder", False) or not type(model).__name__.endswith(_CLASSIFIER):
+        return None
+    end = getattr(config, "eos_token_id", None)
+    is_read = "eos_token_id" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return end if is_read and isinstance(end, int) else None
 
 
 def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:

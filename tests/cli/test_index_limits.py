@@ -131,3 +131,47 @@ def test_families_of_the_tests_take_all_their_positions() -> None:
     probe = {"input_ids": torch.full((1, 9), 7), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
     found = {name: longest(make(), probe, Lengths(tokens=90)).tokens for name, make in FAMILIES.items()}
     assert found == {"bert": 64, "roberta": 65, "albert": 64, "distilbert": 64}
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BART whose words are those of the tiny tokenizer, which ends texts with [SEP], the end token."""
+    model = tmp_path_factory.mktemp("bart") / "model"
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    config = transformers.BartConfig(**{**BART, "vocab_size": 128, "max_position_embeddings": 64}, **tokens)
+    transformers.BartModel(config).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["text-classification", "regression"])
+def test_classifiers_that_read_the_end_token_need_a_tokenizer_that_adds_it(desk: Path, bart: Path, kind: str) -> None:
+    from tests.tiny_models import write_tiny_seq2seq
+
+    rows = [(text, {"up": "1", "down": "0"}.get(label, label)) for text, label in reviews(40)]
+    rows = [(text, str(place % 5)) for place, (text, _) in enumerate(rows)] if kind == "regression" else rows
+    write_table(desk / "rows.csv", rows)
+
+    refused = prepare(write_tiny_seq2seq(desk / "t5"), kind, "rows.csv")
+
+    assert refused.exit_code == 2
+    assert "reads the state at the end token '<|im_end|>', which its tokenizer does not add" in refused.said
+    assert mirrortune("prepare", "-m", bart, "-t", kind, "-d", "rows.csv", "--dry-run").exit_code == 0
+
+
+def test_texts_that_hold_the_end_token_are_named_in_training_and_prediction(desk: Path, bart: Path) -> None:
+    rows = reviews(40)
+    write_table(desk / "rows.csv", rows)
+    write_table(desk / "odd.csv", [*rows[:38], ("a good [SEP] film", rows[38][1]), rows[39]])
+    write_table(desk / "later.csv", [("the film", "x"), ("[SEP] bad", "x"), ("a plot", "x")])
+    words = ("-m", bart, "-t", "text-classification", "--max-steps", 1, "-d")
+
+    refused = mirrortune("train", *words, "odd.csv")
+    trained = mirrortune("train", *words, "rows.csv", "-o", "run")
+    predicted = mirrortune("predict", "run", "-d", "later.csv", "-o", "out.csv", "--on-error", "skip")
+
+    assert refused.exit_code == 3
+    assert "1 row with 2 in place of 1 end tokens '[SEP]'" in refused.said
+    assert "a good [SEP] film" in refused.said
+    assert trained.exit_code == 0, trained.stderr
+    assert predicted.exit_code == 0, predicted.stderr
