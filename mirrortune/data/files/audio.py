@@ -8,6 +8,7 @@ that is too long, a part is chosen at random by (seed, epoch, row); an evaluatio
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ _HIGHEST_RATE = 1_000_000  # samples per second; the resampling filter grows wit
 _FILTER_REACH = 10  # periods of the lower rate on either side, as in resample_poly's default filter
 _SILENT = "it has no samples"
 _BLOCK = 1 << 16  # frames decoded at a time
+# libsndfile's note of a file that ends before the samples that its header states.
+_CUT_OFF = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_SIZE = 0x7F000000  # written by programs that cannot go back to the header, such as ffmpeg into a pipe
+_LEAST_THERE = 0.99  # of the samples; some programs miscount by a few bytes
 _SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and similar models; an estimate of cost for others
 
 
@@ -149,6 +154,8 @@ def encode_audio(
         if not 1 <= found.samplerate <= _HIGHEST_RATE:
             problem = f"it has {found.samplerate:,} samples a second, allowed are 1 to {_HIGHEST_RATE:,}"
             raise recordings.unreadable(row, problem)
+        if problem := _missing_part(found.extra_info):
+            raise recordings.unreadable(row, problem)
         if not found.frames:
             raise recordings.unreadable(row, _SILENT)
         counts[row] = min(_resampled_length(found.frames, found.samplerate, reader.rate), reader.max_samples + 1)
@@ -157,6 +164,18 @@ def encode_audio(
         samples=np.minimum(counts, reader.max_samples),
         num_truncated=int((counts > reader.max_samples).sum()), seed=seed,
     )  # fmt: skip
+
+
+def _missing_part(log: str) -> str | None:
+    """Return what is wrong with a file that is cut off, from libsndfile's log of opening it; None if it is whole.
+
+    libsndfile opens such files as shorter recordings: wav, aiff, au, w64 and others whose header states the length.
+    """
+    for found in _CUT_OFF.finditer(log):
+        stated, there = int(found[1]), int(found[2])
+        if stated < _UNKNOWN_SIZE and there < _LEAST_THERE * stated:
+            return f"it is cut off: {there:,} of the {stated:,} bytes that its header states"
+    return None
 
 
 def read_part(file: Any, first: int, count: int, wanted: int) -> Wave:

@@ -99,6 +99,32 @@ def test_a_recording_without_samples_is_refused_before_training(audio: Path) -> 
         examples([tone(440), tone(440, seconds=0)], audio)
 
 
+def pcm(kind: str) -> bytes:
+    """A second of noise in a format without compression."""
+    stream = io.BytesIO()
+    soundfile.write(stream, np.random.default_rng(0).normal(0, 0.1, 16000), 16000, format=kind, subtype="PCM_16")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX"])
+def test_a_recording_that_is_cut_off_is_refused_before_training(audio: Path, tmp_path: Path, kind: str) -> None:
+    whole = pcm(kind)
+    (tmp_path / "whole.wav").write_bytes(whole)
+    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
+
+    assert examples([whole, whole[:-40]], audio).samples.min() >= 15900, "a few bytes less do no harm"
+    with pytest.raises(DataError, match=r"row 2: its recording 'half\.wav' cannot be read \(it is cut off: 1\d,\d+ of"):
+        examples(["whole.wav", "half.wav"], audio, where=tmp_path)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_recording_whose_header_was_written_before_its_samples_is_whole(audio: Path, size: int) -> None:
+    content = bytearray(pcm("WAV"))
+    place = content.index(b"data") + 4
+    content[place : place + 4] = size.to_bytes(4, "little")
+    assert examples([bytes(content)], audio).samples[0] == 16000
+
+
 def test_short_recordings_are_padded_to_what_whisper_takes() -> None:
     from transformers import WhisperFeatureExtractor
 
