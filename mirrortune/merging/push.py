@@ -17,12 +17,14 @@ from mirrortune.errors import VerificationError
 from mirrortune.merging.parcel import CARD, Parcel, adapter_parcel, check_files, merged_parcel, read_report
 from mirrortune.reports import model_card
 from mirrortune.system.console import Reporter
-from mirrortune.system.hub import Upload, check_repository, upload
+from mirrortune.system.hub import ADAPTER_FILES, Upload, check_repository, upload
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import run_of
 
 _OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Files of weights that transformers would read beside, or instead of, those of a new model."""
+_OLD_ADAPTER = (*ADAPTER_FILES, "adapter_model.bin")
+"""Files of an adapter, which transformers or mirrortune would load on top of, or instead of, merged weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class PushResult:
         kind: ``adapter`` or ``merged``.
         files: paths in the repository of the uploaded files.
         kept: files of the repository that were not replaced: a model card that a person has written.
-        deleted: files of the repository that were deleted: weights of an earlier model.
+        deleted: files of the repository that were deleted: weights of an earlier model, or an earlier adapter.
     """
 
     repository: str
@@ -93,7 +95,7 @@ def push(
             reporter.note(line)
         done = upload(
             parcel.files, repository, revision=revision, private=private, keep=cards_kept(replace_card=replace_card),
-            is_outdated=lambda name: is_merged and _OLD_WEIGHTS.fullmatch(name) is not None,
+            is_outdated=lambda name: is_merged and (name in _OLD_ADAPTER or _OLD_WEIGHTS.fullmatch(name) is not None),
         )  # fmt: skip
     for note in kept_notes(done):
         reporter.note(note)
@@ -111,13 +113,23 @@ def cards_kept(*, replace_card: bool) -> dict[str, Callable[[bytes], bool]]:
 
 
 def kept_notes(done: Upload) -> list[str]:
-    """Return a line for each file of the repository that was kept, and one for those that were deleted."""
+    """Return a line for each file of the repository that was kept, and one for those that were deleted.
+
+    Another line names files of an adapter of PEFT that stay beside one of mirrortune. They may be an export of it.
+    """
     lines = [
         f"{name} of {done.repository} is kept, as it was written or edited by hand or by an earlier version of "
         "mirrortune, which did not sign its cards; --replace-card replaces it"
         for name in done.kept
     ]
-    return lines + ([f"deleted weights of an earlier model there: {', '.join(done.deleted)}"] if done.deleted else [])
+    if done.deleted:
+        lines.append(f"deleted files of an earlier model or adapter there: {', '.join(done.deleted)}")
+    if stale := sorted({*_OLD_ADAPTER} & {*done.untouched}):
+        lines.append(
+            f"{', '.join(stale)} of {done.repository} are not of this adapter and stay; transformers loads them from "
+            "there, so delete them unless they belong to it"
+        )
+    return lines
 
 
 def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:

@@ -178,12 +178,14 @@ class Upload:
         url: URL of the commit.
         kept: files of the repository that were kept instead of being replaced.
         deleted: files of the repository that were deleted.
+        untouched: names of the other files in the same folder of the repository.
     """
 
     repository: str
     url: str
     kept: list[str]
     deleted: list[str]
+    untouched: list[str]
 
 
 def upload(
@@ -233,6 +235,8 @@ def upload(
             if held != sent[name].read_bytes() and (keep or {})[name](held):
                 kept.append(name)
         deleted = sorted(name for name in there - sent.keys() if is_outdated(name))
+        others = there - sent.keys() - {*deleted}
+        untouched = sorted(path.name for path in map(PurePosixPath, others) if path.parent == inside)
         operations: list[Any] = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
             for name, path in sent.items() if name not in kept
@@ -240,7 +244,7 @@ def upload(
         operations += [huggingface_hub.CommitOperationDelete(path_in_repo=name) for name in deleted]
         message = f"mirrortune {__version__}"
         done = api.create_commit(repo_id=full, operations=operations, revision=revision, commit_message=message)
-    return Upload(repository=str(full), url=str(done.commit_url), kept=kept, deleted=deleted)
+    return Upload(repository=str(full), url=str(done.commit_url), kept=kept, deleted=deleted, untouched=untouched)
 
 
 def path_inside(subfolder: str | None) -> PurePosixPath:

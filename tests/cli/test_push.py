@@ -301,6 +301,24 @@ def test_weights_of_an_earlier_model_do_not_stay_beside_others(hub: LoopbackHub,
         assert (sent / "notes.safetensors").is_file()
 
 
+def test_an_earlier_adapter_does_not_stay_beside_merged_weights(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    of_peft = ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"]
+    outdated = {"merged": ["adapter.json", "adapter.safetensors", *of_peft], "run": []}
+    for source, gone in outdated.items():
+        sent = tmp_path / "hub" / "models" / "me" / source
+        (sent / "step-5").mkdir(parents=True)
+        for name in ("step-5/adapter_config.json", "adapter_notes.json", *of_peft, *gone):
+            (sent / name).write_text("{}")
+        done = run(hub, desk, "-m", "mirrortune", "push", source, f"me/{source}", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["deleted"] == gone
+        assert ("deleted files of an earlier model or adapter there: adapter" in done.stderr) is bool(gone)
+        assert (", ".join(of_peft) + f" of me/{source} are not of this adapter" in done.stderr) is not bool(gone)
+        assert {name for name in of_peft if (sent / name).exists()} == ({*()} if gone else {*of_peft})
+        assert (sent / "step-5" / "adapter_config.json").is_file()
+        assert (sent / "adapter_notes.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["../id_ed25519", "/etc/passwd", ".env", "notes/.ssh/key", "a/../../id_ed25519"])
 def test_a_report_that_lists_what_is_no_file_of_a_model_is_refused(desk: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(desk / "merged", tmp_path / "merged")
