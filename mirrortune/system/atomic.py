@@ -167,6 +167,8 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     for file in new.rglob("*"):
         if file.is_file():
             _sync(file)
+            if not file.is_symlink():  # safetensors creates files that only their owner can read
+                file.chmod(_mode(folder / file.relative_to(new), 0o666))
     restore_missing(folder)
     new.chmod(_mode(folder, 0o777))
     if not folder.exists():

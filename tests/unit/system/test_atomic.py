@@ -68,6 +68,28 @@ def test_files_and_folders_have_the_rights_that_the_user_wants(tmp_path: Path) -
     assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o750
 
 
+def test_files_of_a_folder_can_be_read_by_those_who_may_read_the_folder(tmp_path: Path) -> None:
+    """safetensors creates files that only their owner can read, and teammates resume and copy runs."""
+
+    def write(folder: Path) -> None:
+        (folder / "below").mkdir()
+        for name in ("private.safetensors", "below/private.safetensors"):
+            save_file({"a": torch.zeros(1)}, folder / name)
+            (folder / name).chmod(0o600)
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "elsewhere").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        write_folder_atomically(tmp_path / "a", write)
+    finally:
+        os.umask(before)
+    found = [(tmp_path / name).stat().st_mode for name in ("a/private.safetensors", "a/below/private.safetensors")]
+    assert list(map(stat.S_IMODE, found)) == [0o640, 0o640]
+    assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o600
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old", encoding="utf-8")
 
