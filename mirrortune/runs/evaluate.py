@@ -347,7 +347,7 @@ def write_predictions(
         path: file to create or replace.
         predictions: class indices (N,), numbers (N,), 0 or 1 for each of C classes (N, C), or N texts.
         labels: class names to write instead of indices, or None.
-        bounds: interval to which numbers are clipped, or None.
+        bounds: interval to which numbers are clipped, rounded to three decimals, or None to write all digits.
 
     Raises:
         ConfigError: there are several real numbers per row, or the format cannot represent a class name.
@@ -360,8 +360,10 @@ def write_predictions(
         chosen = ([labels[i] if labels else str(i) for i in np.flatnonzero(row)] for row in predictions)
         answers = [",".join(names) for names in chosen]
     elif is_array and predictions.dtype.kind == "f":
-        numbers = np.clip(predictions, *bounds) if bounds else predictions
-        answers = [f"{number:.3f}" for number in numbers.tolist()]
+        # Bounds are those of a submission to GLUE, which has three decimals; cosines, for one, may differ in the fifth.
+        answers = (
+            [f"{x:.3f}" for x in np.clip(predictions, *bounds).tolist()] if bounds else list(map(str, predictions))
+        )
     elif is_array:
         answers = [labels[i] if labels else str(i) for i in predictions.tolist()]
     else:

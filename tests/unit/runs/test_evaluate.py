@@ -85,3 +85,15 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path: Path) -> No
         write_predictions(tmp_path / "p.tsv", ["a"], None, None)
 
     assert {path.name for path in tmp_path.iterdir()} == {"p.tsv", ".other.tsv.mt-ab12cd34.partial"}
+
+
+def test_numbers_are_written_with_all_their_digits(tmp_path: Path) -> None:
+    """Cosines of similar texts and small targets differ behind the third decimal."""
+    numbers = np.array([0.99512345, 0.9951236, -2.5e-06, 3.0, np.nan], dtype=np.float32)
+    write_predictions(tmp_path / "p.tsv", numbers, None, None)
+    rows = (tmp_path / "p.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    written = np.array([row.split("\t")[1] for row in rows], dtype=np.float32)
+    np.testing.assert_array_equal(written, numbers)
+    write_predictions(tmp_path / "p.tsv", numbers[:4], None, (0.0, 1.0))  # of a submission to GLUE
+    rows = (tmp_path / "p.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    assert [row.split("\t")[1] for row in rows] == ["0.995", "0.995", "0.000", "1.000"]
