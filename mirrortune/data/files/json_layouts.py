@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognise JSON files that hold all rows in one object, and say how to convert them."""
+"""Recognise JSON files that hold all rows in one object: read those of columns, and say how to convert others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,54 @@ from mirrortune.system.paths import table_suffix
 # Keys under which a file may hold its rows: those of its splits, and common ones.
 _KEYS = {*itertools.chain(*SPLIT_NAMES.values()), "data", "rows", "records", "examples", "items", "instances"}
 _MOST_BLOCKS = 256
+_OF_A_SENTENCE = {"tokens", "words"}  # columns whose cells are lists of texts
+
+
+def only_object(lines: Iterable[str], blocks: Iterable[str]) -> dict[str, Any] | None:
+    """Return the object of a JSON file that is its only one; None for one object a line, and for damaged files.
+
+    Args:
+        lines: lines of the file, of which two are read.
+        blocks: text of the file, which is read if the object has several lines.
+    """
+    begin = list(itertools.islice((line for line in lines if line.strip()), 2))
+    try:
+        found = json.loads(begin[0]) if begin else None
+        return found if isinstance(found, dict) and len(begin) == 1 else None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = json.loads("".join(itertools.islice(blocks, _MOST_BLOCKS)))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def rows_of_columns(path: Path, held: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the rows of an object that holds a list for each column, as pandas' ``to_dict(orient="list")`` does.
+
+    An object of lists may also be a row: a sentence with its tags, or a conversation with its tools.
+
+    Returns:
+        The rows, or None if the object is a row.
+
+    Raises:
+        DataError: the lists have different lengths.
+    """
+    columns = list(held.values())
+    if _is_frame(held) or not columns or not all(isinstance(cells, list) and cells for cells in columns):
+        return None
+    is_flat = not any(isinstance(cell, list | dict) for cells in columns for cell in cells)
+    is_sentence = is_flat and any(name.lower() in _OF_A_SENTENCE for name in held)
+    if is_sentence or any(_are_rows(cells) for cells in columns) or max(map(len, columns)) < 2:
+        return None
+    if len(set(map(len, columns))) > 1:
+        lengths = ", ".join(f"'{name}' {len(cells):,}" for name, cells in held.items())
+        raise DataError(
+            str(path), f"one object of columns that have different numbers of cells: {lengths}",
+            allowed="a list for each column, all of one length; or a JSON object a row", fix="Correct the columns",
+        )  # fmt: skip
+    return [dict(zip(held, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def is_json_object(line: str) -> bool:

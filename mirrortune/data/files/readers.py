@@ -1,35 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt; gzipped or not) into Arrow tables.
 
-csv and json are parsed by the standard library instead of Arrow: ``pyarrow.csv`` gives no line numbers of rows, accepts
-quotes that are never closed, and cannot drop the empty cells that spreadsheets append; ``pyarrow.json`` guesses types,
-such as dates in a column of text. Files are read part by part, except for JSON arrays.
+csv is parsed by the standard library instead of Arrow: ``pyarrow.csv`` gives no line numbers of rows, accepts quotes
+that are never closed, and cannot drop the empty cells that spreadsheets append. Files are read part by part, except for
+JSON arrays.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mirrortune.data.files.arrow import json_array, problem_field, text_array
-from mirrortune.data.files.json_layouts import is_json_object, refuse_frame, refuse_indented_rows, refuse_wrapped_rows
+from mirrortune.data.files.arrow import problem_field, text_array
+from mirrortune.data.files.json_files import read_json, read_json_lines
+from mirrortune.data.files.json_layouts import is_json_object
 from mirrortune.data.files.row_places import FileRows, IntArray
-from mirrortune.data.files.tables import join_parts, on_disk
+from mirrortune.data.files.tables import PART_ROWS, PART_SIZE, Part, join_parts, line_numbers, on_disk, parts_of
 from mirrortune.data.files.text_files import (
-    blocks_of,
     is_gzipped,
-    is_unicode,
     lines_of,
     not_permitted,
     open_bytes,
@@ -41,14 +38,8 @@ from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, tab
 
 # The csv module limits cells to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 28
-# Size of a part: rows, and characters.
-_PART_ROWS, _PART_SIZE = 65_536, 1 << 24
 _SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # first line of some Excel exports
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_Part = tuple[pa.Table, IntArray | None]
-"""Some rows, and the line of each, shape (N,), if the file has lines."""
 _BLOCK = 1 << 24  # bytes decompressed at a time
-_LARGEST_ARRAY = 1 << 30  # characters; an array is parsed as a whole
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
@@ -102,18 +93,18 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
     return table, FileRows(name=str(path), count=table.num_rows, lines=np.concatenate(known) if known else None)
 
 
-def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
+def _read_parquet(path: Path, encoding: str) -> Iterator[Part]:
     with _arrow_errors(path, "parquet"), pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
         schema, facts = file.schema_arrow, file.metadata
         yield _decoded(_unrepeated(path, schema.empty_table())), None
         size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
-        rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # a few, if they are images
+        rows = max(1, min(PART_ROWS, PART_SIZE * facts.num_rows // max(1, size)))  # a few, if they are images
         for batch in file.iter_batches(batch_size=rows):
             part = pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
             yield _decoded(_unrepeated(path, part)), None
 
 
-def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
+def _read_arrow(path: Path, encoding: str) -> Iterator[Part]:
     with _arrow_errors(path, "arrow"):
         data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
@@ -156,13 +147,13 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _read_text(path: Path, encoding: str) -> Iterator[_Part]:
+def _read_text(path: Path, encoding: str) -> Iterator[Part]:
     lines = ((number, line.removesuffix("\n")) for number, line in enumerate(lines_of(path, encoding, "\n"), start=1))
-    for part in _parts(((number, line), len(line)) for number, line in lines if line.strip()):
-        yield pa.table({"text": text_array([line for _, line in part])}), _numbers(part)
+    for part in parts_of(((number, line), len(line)) for number, line in lines if line.strip()):
+        yield pa.table({"text": text_array([line for _, line in part])}), line_numbers(part)
 
 
-def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
+def _read_delimited(path: Path, encoding: str) -> Iterator[Part]:
     lines = lines_of(path, encoding, "")
     delimiter, begin = _delimiter(path, lines)
     rows = _parse_rows(path, itertools.chain(begin, lines), delimiter)
@@ -173,7 +164,7 @@ def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
     names, width = _column_names(header), len(header)
     fields = {n: _repeated(f"{path}:1", n) for n in names if names.count(n) > 1}
     unnamed = {place for place, name in enumerate(header) if not name.strip()}
-    for part in _parts(_whole_rows(path, rows, width)):
+    for part in parts_of(_whole_rows(path, rows, width)):
         columns = list(zip(*(cells for _, cells in part), strict=True)) if part else [()] * width
         arrays, schema = {}, []
         for place, name in enumerate(names):
@@ -182,7 +173,7 @@ def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
             is_broken = name in fields
             arrays[name] = pa.nulls(len(part)) if is_broken else text_array([c or None for c in columns[place]])
             schema.append(fields[name] if is_broken else pa.field(name, arrays[name].type))
-        yield pa.table(list(arrays.values()), schema=pa.schema(schema)), _numbers(part)
+        yield pa.table(list(arrays.values()), schema=pa.schema(schema)), line_numbers(part)
 
 
 def _column_names(header: list[str]) -> list[str]:
@@ -220,25 +211,6 @@ def _whole_rows(
         yield from blank
         blank = []
         yield row
-
-
-def _numbers(part: list[tuple[int, Any]]) -> IntArray:
-    """Return the line of each row of a part, shape (N,)."""
-    return np.fromiter((line for line, _ in part), dtype=np.int64, count=len(part))
-
-
-def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
-    """Group rows, given with their sizes, into parts of bounded size; the first one may be empty."""
-    part: list[Any] = []
-    size, is_first = 0, True
-    for row, more in rows:
-        part.append(row)
-        size += more
-        if size >= _PART_SIZE or len(part) >= _PART_ROWS:
-            yield part
-            part, size, is_first = [], 0, False
-    if part or is_first:
-        yield part
 
 
 def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
@@ -328,145 +300,6 @@ def _refuse_swallowed_rows(path: Path, line: int, cells: list[str]) -> None:
             )  # fmt: skip
 
 
-def _read_json(path: Path, encoding: str) -> Iterator[_Part]:
-    start = next((text for block in blocks_of(path, encoding) if (text := block.lstrip())), "")
-    if not start.startswith("["):
-        yield from _read_json_lines(path, encoding)
-        return
-    text = "".join(_limited(path, blocks_of(path, encoding)))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
-        raise DataError(str(path), f"not valid JSON ({first_line(error)})", fix="Correct the file") from error
-    size = len(text) // max(1, len(rows))  # of a row, on average
-    del text
-    for part in _parts((row, size) for row in enumerate(rows, start=1)):
-        yield _from_objects(path, part, " row "), None
-
-
-def _limited(path: Path, blocks: Iterable[str]) -> Iterator[str]:
-    size = 0
-    for block in blocks:
-        size += len(block)
-        if size > _LARGEST_ARRAY:
-            name = shlex.quote(path.name)
-            command = f"gzip -dc {name} | jq -c '.[]'" if is_gzipped(path) else f"jq -c '.[]' {name}"
-            raise DataError(
-                str(path), f"a JSON array of more than {_LARGEST_ARRAY:,} characters",
-                fix=f"Convert it to JSON lines, which are read row by row: {command} > rows.jsonl",
-            )  # fmt: skip
-        yield block
-
-
-def _read_json_lines(path: Path, encoding: str) -> Iterator[_Part]:
-    for part in _parts(_json_rows(path, encoding)):
-        yield _from_objects(path, part, ":"), _numbers(part)
-
-
-def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
-    count, row = 0, None
-    for number, line in enumerate(lines_of(path, encoding, "\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if not count and table_suffix(path) == ".json":
-                refuse_indented_rows(path, blocks_of(path, encoding))
-            reason = getattr(error, "msg", None) or first_line(error)
-            raise DataError(
-                f"{path}:{number}",
-                f"not valid JSON ({reason})",
-                allowed="one JSON object a line"
-                + (", or an array of objects" if table_suffix(path) == ".json" else ""),
-                fix=None if count or line.lstrip()[0] in "{[" else "If it is a table of cells, name it .csv",
-            ) from error
-        if number == 1:
-            refuse_frame(path, row)
-        count += 1
-        yield (number, row), len(line)
-    if count == 1:
-        refuse_wrapped_rows(path, row)
-
-
-def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:
-    """Return a table of numbered JSON objects; ``sign`` separates file and number in messages."""
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}{sign}{number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
-            )
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    for name in names:
-        if not is_unicode(name):
-            number = next(number for number, row in rows if name in row)
-            raise DataError(
-                f"{path}{sign}{number}", f"the name of column {name!a} holds half a character",
-                fix="Rename it",
-            )  # fmt: skip
-    arrays, fields = [], []
-    for name in names:
-        values = [row.get(name) for _, row in rows]
-        try:
-            array = _column(values)
-            field = pa.field(name, array.type)
-        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            problem, place = _why_unreadable(values, error)
-            array = pa.nulls(len(rows))
-            where = f"{path}{sign}{rows[place][0]}"
-            field = problem_field(name, where, f"column '{name}' {problem}", "Give every row the same type")
-        arrays.append(array)
-        fields.append(field)
-    return pa.table(arrays, schema=pa.schema(fields))
-
-
-def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
-    """Describe the problem of a column whose cells raised ``error``; return it with the index of the first bad cell."""
-    if isinstance(error, UnicodeEncodeError):
-        place = next(i for i, v in enumerate(values) if not is_unicode(json.dumps(v, ensure_ascii=False)))
-        return f"holds half a character ({first_line(error)})", place
-    kinds = [_KINDS.get(type(value)) for value in values]
-    known = [kind for kind in kinds if kind is not None]
-    other = next((i for i, kind in enumerate(kinds) if kind not in (None, known[0])), None)
-    if other is not None:
-        return f"mixes types ({kinds[other]} here, {known[0]} in rows before)", other
-    numbers = [i for i, value in enumerate(values) if isinstance(value, int) and not -(2**63) <= value < 2**63]
-    if numbers:
-        return "holds a whole number of more than 64 bits", numbers[0]
-    return f"mixes types ({first_line(error)})", 0
-
-
-def _column(values: list[Any]) -> pa.Array:
-    """Return the values of a column as text, numbers, lists, flat objects of text, or else JSON."""
-    if _is_text(values):
-        return text_array(values)
-    if any(map(_holds_objects, values)) and not _are_flat(values):
-        return json_array(values)
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        if not all(value is None or isinstance(value, list | dict) for value in values):
-            raise
-        return json_array(values)  # lists of mixed types
-
-
-def _holds_objects(value: Any) -> bool:
-    """Return whether a JSON value is or contains an object."""
-    return isinstance(value, dict) or (isinstance(value, list) and any(map(_holds_objects, value)))
-
-
-def _are_flat(values: list[Any]) -> bool:
-    """Return whether all values are objects of texts, which become columns (``translation: {en, ro}``)."""
-    texts = [value.values() if isinstance(value, dict) else (0,) for value in values if value is not None]
-    return all(part is None or isinstance(part, str) for parts in texts for part in parts)
-
-
-def _is_text(cells: list[Any]) -> bool:
-    return all(cell is None or isinstance(cell, str) for cell in cells) and any(cell is not None for cell in cells)
-
-
 def _mapped(path: Path) -> pa.Buffer:
     """Return the content of a file as a memory map; a gzipped one is first decompressed to an unnamed file."""
     if not is_gzipped(path):
@@ -482,11 +315,11 @@ def _decompress(path: Path, content: IO[bytes], file: IO[bytes]) -> None:
         file.write(block)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[_Part]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Part]]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
+    ".json": read_json,
+    ".jsonl": read_json_lines,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".txt": _read_text,

@@ -6,19 +6,24 @@ from __future__ import annotations
 import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import flag_array, is_unreadable, problem_field, with_json_aligned
+from mirrortune.data.files.row_places import IntArray
 from mirrortune.system.atomic import cannot_write
 from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import cache_folder
 
 _LIMIT = 1 << 28  # bytes held in memory
 _ROWS = 65_536
+# Size of a part: rows, and characters.
+PART_ROWS, PART_SIZE = 65_536, 1 << 24
+Part = tuple[pa.Table, IntArray | None]
+"""Some rows, and the line of each, shape (N,), if the file has lines."""
 
 
 def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "rows") -> pa.Table:
@@ -141,3 +146,22 @@ def _append(file: IO[bytes], part: pa.Table) -> int:
     with pa.ipc.new_stream(file, part.schema) as writer:
         writer.write_table(part, max_chunksize=_ROWS)
     return start
+
+
+def line_numbers(part: list[tuple[int, Any]]) -> IntArray:
+    """Return the line of each row of a part, shape (N,)."""
+    return np.fromiter((line for line, _ in part), dtype=np.int64, count=len(part))
+
+
+def parts_of(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """Group rows, given with their sizes, into parts of bounded size; the first one may be empty."""
+    part: list[Any] = []
+    size, is_first = 0, True
+    for row, more in rows:
+        part.append(row)
+        size += more
+        if size >= PART_SIZE or len(part) >= PART_ROWS:
+            yield part
+            part, size, is_first = [], 0, False
+    if part or is_first:
+        yield part

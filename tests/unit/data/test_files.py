@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from mirrortune.data.dataset import Split, load_data
-from mirrortune.data.files import readers, tables, text_files
+from mirrortune.data.files import json_files, tables, text_files
 from mirrortune.data.files.audio import AudioReader, encode_audio, read_part, resample
 from mirrortune.data.files.readers import read_table
 from mirrortune.errors import DataError, ResourceError
@@ -194,7 +194,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_json_array_too_large_to_parse_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_LARGEST_ARRAY", 1 << 16)
+    monkeypatch.setattr(json_files, "_LARGEST_ARRAY", 1 << 16)
     (tmp_path / "my rows.json.gz").write_bytes(gzip.compress(b'[{"text": "' + b"x" * (1 << 24)))
     says = r"a JSON array of more than 65,536 characters\. .*: gzip -dc 'my rows\.json\.gz' \| jq -c '\.\[\]'"
     with pytest.raises(DataError, match=says):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.files.arrow import refuse_unreadable
-from mirrortune.data.files.readers import READERS, read_table
+from mirrortune.data.files.readers import READERS, read_rows, read_table
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import task_class
 
@@ -92,6 +92,42 @@ def test_an_object_that_holds_all_rows_is_no_row(tmp_path: Path, frame: dict[str
 
     with pytest.raises(DataError, match=r"one object for all rows.*orient='records', lines=True"):
         read_table(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["a", "b", None], "label": [1, 0, 1]},
+        {"text": ["a", "b"]},
+        {"tokens": [["a", "b"], ["c"]], "ner_tags": [["O", "O"], ["O"]]},
+    ],
+)
+def test_an_object_of_columns_is_a_table(tmp_path: Path, columns: dict[str, list[object]], indent: int | None) -> None:
+    path = write(tmp_path, "a.json", json.dumps(columns, indent=indent) + "\n")
+    table, places = read_rows(path)
+    assert table.to_pydict() == columns
+    assert places.where(1) == f"{path} row 2"
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_columns_of_different_lengths_are_counted(tmp_path: Path, indent: int | None) -> None:
+    path = write(tmp_path, "a.json", json.dumps({"text": ["a", "b", "c"], "label": [1, 0]}, indent=indent))
+    with pytest.raises(DataError, match=r"columns that have different numbers of cells: 'text' 3, 'label' 2\."):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tokens": ["a", "b"], "ner_tags": ["O", "O"]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"text": "a", "labels": ["x", "y"]},
+    ],
+)
+def test_an_object_of_lists_may_be_a_row(tmp_path: Path, row: dict[str, object]) -> None:
+    assert read_table(write(tmp_path, "a.json", json.dumps(row))).num_rows == 1
+    assert read_table(write(tmp_path, "a.jsonl", json.dumps({"text": ["a", "b"]}))).num_rows == 1
 
 
 def test_cells_stay_text_and_empty_ones_are_null(tmp_path: Path) -> None:
