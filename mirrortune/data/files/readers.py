@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt; gzipped or not) into Arrow tables.
+"""Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt, conll; gzipped or not) into Arrow tables.
 
 csv is parsed by the standard library instead of Arrow: ``pyarrow.csv`` gives no line numbers of rows, accepts quotes
 that are never closed, and cannot drop the empty cells that spreadsheets append. Files are read part by part, except for
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import problem_field, text_array
+from mirrortune.data.files.conll import read_tagged_words
 from mirrortune.data.files.json_files import read_json, read_json_lines
 from mirrortune.data.files.json_layouts import is_json_object
 from mirrortune.data.files.row_places import FileRows, IntArray
@@ -34,7 +35,7 @@ from mirrortune.data.files.text_files import (
 )
 from mirrortune.errors import DataError, first_line
 from mirrortune.system.cache import leave_room
-from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
+from mirrortune.system.paths import TABLE_SUFFIXES, TAGGED_SUFFIXES, cache_folder, is_system, table_suffix
 
 # The csv module limits cells to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 28
@@ -51,7 +52,8 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
     """Read the rows of one file and their line numbers.
 
     Args:
-        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row per line) file, or one of them with .gz.
+        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row per line) file, one of tagged words (.conll,
+            .bio, .iob), or one of them with .gz.
         encoding: of the text formats; a byte order mark is dropped.
 
     Returns:
@@ -323,5 +325,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[Part]]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".txt": _read_text,
+    **dict.fromkeys(TAGGED_SUFFIXES, read_tagged_words),
 }
 assert tuple(READERS) == TABLE_SUFFIXES

@@ -305,7 +305,7 @@ def _choose(
         raise DataError(
             source,
             f"no two columns are lists of words and of tags; the columns are {', '.join(table.column_names)}",
-            allowed="a list of words and a list of tags in each row (json, jsonl or parquet)",
+            allowed="a list of words and a list of tags in each row (json, jsonl, parquet, conll)",
             fix="Name them with --text-column and --label-column",
         )
     refuse_unreadable(table, (words, tags))

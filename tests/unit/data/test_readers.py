@@ -467,7 +467,8 @@ def test_a_column_whose_name_is_no_text_is_refused(tmp_path: Path, suffix: str) 
 
 
 def test_every_suffix_has_a_reader() -> None:
-    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt"}
+    tagged = {".conll", ".bio", ".iob", ".iob2"}
+    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *tagged}
 
 
 def test_the_name_of_a_column_holds_whole_characters(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read files of tagged words in the form of the CoNLL tasks: a word a line, blank lines between sentences.
+
+The cells of a line are separated by tabs or spaces: the word first, its tag last, and other tags between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from mirrortune.data.files.tables import Part, line_numbers, parts_of
+from mirrortune.data.files.text_files import lines_of
+from mirrortune.errors import DataError, counted
+
+_WORDS, _TAGS = "tokens", "tags"
+_DOCUMENT = "-DOCSTART-"
+_FACTS = re.compile(r"#\s*(id|sent_id|text|newdoc|newpar)\b")  # of the sentence below; other comments have other cells
+_Line = tuple[int, str]
+
+
+def read_tagged_words(path: Path, encoding: str) -> Iterator[Part]:
+    """Yield sentences part by part: columns ``tokens``, ``column 2`` and so on, and ``tags``, with lists of texts.
+
+    Marks of documents (``-DOCSTART-``) and comments above a sentence (``# id ...``) are left out.
+
+    Raises:
+        DataError: a line has another number of cells than the first sentence, or an empty one.
+    """
+    for part in parts_of(_sentences(path, encoding)):
+        columns = list(zip(*(columns for _, columns in part), strict=True))
+        names = _names(len(columns))
+        arrays = [pa.array(cells, type=pa.list_(pa.string())) for cells in columns]
+        yield pa.table(arrays, names=names), line_numbers(part)
+
+
+def _names(width: int) -> list[str]:
+    others = [f"column {place}" for place in range(2, width)]
+    return [_WORDS, *others, _TAGS][:width] if width > 1 else [_WORDS][:width]
+
+
+def _sentences(path: Path, encoding: str) -> Iterator[tuple[tuple[int, list[list[str]]], int]]:
+    """Yield the line and the columns of each sentence, and its size in characters."""
+    width, tab = 0, None
+    for block in _blocks(path, encoding):
+        if not width:
+            tab = "\t" if "\t" in block[-1][1] else None
+            width = len(block[-1][1].split(tab))
+        rows = _rows(path, block, width, tab)
+        if rows:
+            size = sum(len(line) for _, line in block)
+            yield (rows[0][0], [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]), size
+
+
+def _blocks(path: Path, encoding: str) -> Iterator[list[_Line]]:
+    """Yield the lines of each sentence, with their numbers."""
+    block: list[_Line] = []
+    for number, line in enumerate(lines_of(path, encoding, "\n"), start=1):
+        if line.strip():
+            block.append((number, line.strip("\r\n")))
+        elif block:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _rows(path: Path, block: list[_Line], width: int, tab: str | None) -> list[tuple[int, list[str]]]:
+    """Return the line and the cells of each word of a sentence."""
+    rows: list[tuple[int, list[str]]] = []
+    for number, line in block:
+        cells = [cell.strip() for cell in line.split(tab)]
+        if line.startswith("#") and not rows and (_FACTS.match(line) or len(cells) != width):
+            continue
+        if cells[0] == _DOCUMENT:
+            continue
+        if len(cells) != width or not all(cells):
+            found = "an empty cell" if len(cells) == width else f"{counted(len(cells), 'cell')} in place of {width}"
+            raise DataError(
+                f"{path}:{number}", f"{found} in a line of tagged words: {line[:60]!r}",
+                allowed="a word and its tag, separated by a tab or by spaces as in the first sentence; blank lines "
+                "between sentences", fix="Correct the line",
+            )  # fmt: skip
+        rows.append((number, cells))
+    return rows

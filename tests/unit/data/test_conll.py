@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of tagged words: separators, comments, marks of documents, and lines that do not fit."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from mirrortune.data.files.readers import read_rows, read_table
+from mirrortune.errors import DataError
+from mirrortune.tasks.base import task_class
+from tests.cli.console import mirrortune
+from tests.tiny_models import write_tiny_model
+
+CONLL_2003 = """-DOCSTART- -X- -X- O
+
+EU NNP B-NP B-ORG
+rejects VBZ B-VP O
+
+-DOCSTART- -X- -X- O
+
+Peter NNP B-NP B-PER
+"""
+
+
+def test_the_columns_of_conll_2003_are_words_and_tags(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text(CONLL_2003)
+    (tmp_path / "b.conll.gz").write_bytes(gzip.compress(CONLL_2003.replace("\n", " \r\n").encode()))
+
+    table, places = read_rows(tmp_path / "a.conll")
+
+    assert table.to_pydict() == {
+        "tokens": [["EU", "rejects"], ["Peter"]], "column 2": [["NNP", "VBZ"], ["NNP"]],
+        "column 3": [["B-NP", "B-VP"], ["B-NP"]], "tags": [["B-ORG", "O"], ["B-PER"]],
+    }  # fmt: skip
+    assert [places.where(row) for row in (0, 1)] == [f"{tmp_path}/a.conll:3", f"{tmp_path}/a.conll:8"]
+    assert read_table(tmp_path / "b.conll.gz").equals(table)
+    task, _ = task_class("token-classification").from_rows(table, "a.conll")
+    assert (task.text_columns, task.label_column, task.labels) == (("tokens",), "tags", ("B-ORG", "B-PER", "O"))
+
+
+@pytest.mark.parametrize("name", ["a.bio", "a.iob", "a.IOB2"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("New York\tB-LOC\nis\tO\n\t\nbig\tO", [["New York", "is"], ["big"]]),
+        ("# id 7 domain=en\nEU _ _ B-ORG\n# _ _ O\n\n\n# id 8 domain=en\n#tag _ _ O\n", [["EU", "#"], ["#tag"]]),
+        ("# a comment\nEU B-ORG\n\n# O\nis O\n", [["EU"], ["#", "is"]]),
+        ("\ufeffone\ntwo\n\nthree", [["one", "two"], ["three"]]),
+    ],
+)
+def test_separators_and_comments(tmp_path: Path, name: str, text: str, words: list[list[str]]) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    table = read_table(tmp_path / name)
+    assert table["tokens"].to_pylist() == words
+    assert ("tags" in table.column_names) is (text[0] != "\ufeff")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("EU B-ORG\n\nis O\nbig\n", r"a.conll:4: 1 cell in place of 2 in a line of tagged words: 'big'"),
+        ("EU\tB-ORG\nis\t\n", r"a.conll:2: an empty cell in a line of tagged words"),
+        ("-DOCSTART- O\n\n", "the file has no rows"),
+        ("\n\n", "the file has no rows"),
+    ],
+)
+def test_lines_that_do_not_fit_are_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "a.conll").write_text(text)
+    with pytest.raises(DataError, match=says):
+        read_table(tmp_path / "a.conll")
+
+
+def test_a_folder_of_conll_files_trains_and_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "ner").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / "ner" / f"{name}.conll").write_text(CONLL_2003 * 4)
+    base = write_tiny_model(tmp_path / "base")
+    words = ("-m", base, "-t", "token-classification", "-d", tmp_path / "ner", "--max-steps", 1)
+    trained = mirrortune("train", *words, "-o", tmp_path / "run")
+    chunks = mirrortune("prepare", *words, "--label-column", "column 3", "--dry-run")
+    (tmp_path / "new.conll").write_text("the\nfilm\n\na\nplot\n")
+    done = mirrortune("predict", tmp_path / "run", "-d", tmp_path / "new.conll", "-o", tmp_path / "out.jsonl")
+    assert trained.exit_code == 0, trained.stderr
+    assert "columns not used: column 2, column 3" in trained.said
+    assert "validation: 8 rows" in trained.said
+    assert chunks.exit_code == 0, chunks.stderr
+    assert done.exit_code == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
