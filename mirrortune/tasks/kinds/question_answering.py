@@ -23,11 +23,11 @@ from typing_extensions import override
 from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, IntArray, Padding, Rows, TokenExamples
-from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable, rows_of
+from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse_unreadable, rows_of
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
-from mirrortune.errors import ConfigError, DataError, NoRowsError
+from mirrortune.errors import ConfigError, DataError, NoRowsError, counted
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, probabilities, refuse_nan
@@ -58,7 +58,8 @@ class Task(TextTask):
 
     Attributes:
         text_columns: question and context.
-        label_column: the answers: ``{text: [...], answer_start: [...]}`` as on the Hub, a list of texts, or a text.
+        label_column: the answers: ``{text: [...], answer_start: [...]}`` as on the Hub, a list of texts, or a text,
+            which is empty for a question without answer.
         may_lack_answer: whether some training questions have no answer.
         stride: overlap of neighbouring windows, in tokens; None for 128, or a third of a short window.
     """
@@ -100,7 +101,12 @@ class Task(TextTask):
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
         # Invalid cells are reported by strata, with their rows.
-        may_lack_answer = any(_is_answered(value) is False for value in cells(table, label))
+        num_empty = int(nulls(table, label).sum()) if _is_text(table, label) else 0
+        if num_empty == table.num_rows:
+            num_empty = 0  # rows without labels
+        if num_empty:
+            notes.append(f"{counted(num_empty, 'row')} with an empty '{label}': questions without an answer")
+        may_lack_answer = num_empty > 0 or any(_is_answered(value) is False for value in cells(table, label))
         task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
 
@@ -113,7 +119,17 @@ class Task(TextTask):
         places = split.places
         for row, value in enumerate(cells(split.table, self.label_column)):
             _answers(value, places.where(row))
-        refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
+        refuse_missing(self._missing(split), split.places, self.label_column, "answer")
+
+    def _missing(self, split: Split, *, for_training: bool = False) -> npt.NDArray[np.bool_]:
+        """Return which rows have no label, (N,).
+
+        An empty text, which csv cannot tell from a missing one, means that the question has no answer, if some training
+        questions have none and the split has answers at all.
+        """
+        missing = nulls(split.table, self.label_column)
+        is_none = self.may_lack_answer and _is_text(split.table, self.label_column)
+        return np.zeros_like(missing) if is_none and (for_training or not missing.all()) else missing
 
     @override
     def config_fields(self) -> dict[str, Any]:
@@ -136,7 +152,7 @@ class Task(TextTask):
         Training rows are left out if their context holds none of their answers, as they would teach to give none.
         """
         max_length = reading.num_tokens
-        missing, places = nulls(split.table, self.label_column), split.places
+        missing, places = self._missing(split, for_training=reading.for_training), split.places
         if not reading.allow_missing:
             refuse_missing(missing, split.places, self.label_column, "answer")
         stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
@@ -352,6 +368,10 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
         raise DataError(where, f"answers are {str(value)[:120]!r}",
                         allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
     return tuple((text, int(place)) for text, place in zip(texts, places, strict=True) if text.strip())
+
+
+def _is_text(table: pa.Table, column: str) -> bool:
+    return is_string(table.schema.field(column).type)
 
 
 def _is_answered(value: Any) -> bool | None:

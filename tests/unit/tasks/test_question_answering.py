@@ -249,3 +249,30 @@ def test_answers_do_not_begin_with_the_space_of_their_first_token() -> None:
     answered = task.prediction_columns(judged, found, Split(table=table, source="squad.json"), PredictOptions())
     assert (answered["prediction"], answered["start"], answered["end"]) == (["good"], [11], [15])
     assert said(task, found, outputs) == ["good"]
+
+
+def test_an_empty_cell_of_texts_is_no_answer(tokenizer: Any) -> None:
+    """csv cannot express anything else."""
+    table = rows("very very awful", None, "good")
+    task, notes = KIND.from_rows(table, "squad.csv")
+    assert "1 row with an empty 'answers': questions without an answer" in notes
+    assert task.may_lack_answer
+    split = Split(table=table, source="squad.csv")
+    task.strata(split)
+    found = task.encode(split, tokenizer, Reading(max_length=48, for_training=True))
+    assert (len(found), found.num_unlabelled) == (3, 0)
+    assert (found.targets == 0).all(axis=1).tolist() == [False, True, False]
+    assert task.answers(list(np.zeros((3, 2, 48))), found)[1] == [("very very awful",), (), ("good",)]
+
+
+def test_empty_cells_are_labels_that_are_missing_where_nothing_else_says_what_they_are(tokenizer: Any) -> None:
+    table, unlabelled = rows("very very awful", "good"), rows(None, None).cast(rows("a").schema)
+    task, _ = KIND.from_rows(table, "squad.csv")
+    for own, split in ((task, rows("good", None)), (KIND.from_rows(rows("good", None), "a")[0], unlabelled)):
+        with pytest.raises(DataError, match="no answer"):
+            own.strata(Split(table=split, source="squad.csv"))
+        kept = own.encode(Split(table=split, source="a"), tokenizer, Reading(max_length=48, allow_missing=True))
+        assert kept.num_unlabelled > 0
+    listed = rows(answer("good"), NONE, None)
+    with pytest.raises(DataError, match=r"row 3"):
+        KIND.from_rows(listed, "squad.json")[0].strata(Split(table=listed, source="squad.json"))
