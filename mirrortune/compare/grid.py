@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,12 +45,18 @@ class Contender:
         settings: settings by dotted key that override the task's recipe.
         lr_key: dotted key of the learning rate to tune: that of the adapter, or of the head if only it is trained.
         lrs: learning rates to try first, in ascending order.
+        lrs_of_tasks: those of tasks by name; ``lrs`` for tasks that are not among them.
     """
 
     label: str
     settings: dict[str, Any]
     lr_key: str
     lrs: tuple[float, ...]
+    lrs_of_tasks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def first_lrs(self, task: str) -> tuple[float, ...]:
+        """Return the learning rates to try first on a task, in ascending order."""
+        return self.lrs_of_tasks.get(task, self.lrs)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -210,7 +216,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
         contender: method of the grid.
         score: returns the score of a cell, or None if it has not finished.
     """
-    lrs = list(contender.lrs)
+    lrs = list(contender.first_lrs(task))
     for added in range(grid.extensions + 1):
         scores = {lr: _mean_score(grid, task, contender, lr, score) for lr in lrs}
         missing = [c for lr in lrs for c in _cells(task, contender, lr, grid.tune_seeds) if score(c) is None]
@@ -247,12 +253,16 @@ def make_grid(
     Raises:
         ConfigError: options are not valid; all problems are reported together.
     """
-    first, kinds = next(iter(recipes.values())), {recipe.task.kind for recipe in recipes.values()}
-    kind = first.task.kind if len(kinds) == 1 else None
     contenders, errors = [], []
     for word in methods.split(","):
         try:
-            contenders.append(parse_contender(word.strip(), first.train.head_lr, lr_grid, kind))
+            # Default rates depend on the head's rate and the kind of task, so each recipe has its own.
+            parsed = {
+                task: parse_contender(word.strip(), recipe.train.head_lr, lr_grid, recipe.task.kind)
+                for task, recipe in recipes.items()
+            }
+            own = {task: contender.lrs for task, contender in parsed.items()}
+            contenders.append(replace(next(iter(parsed.values())), lrs_of_tasks=own))
         except ConfigError as error:
             errors.append(error)
     labels = [c.label for c in contenders]

@@ -352,7 +352,12 @@ def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Scor
 def _tuned_metric(comparison: Comparison, task: str) -> str:
     """Return the metric of a task of which no learning rate has been chosen; empty if no run has finished."""
     grid = comparison.grid
-    cells = (Cell(task, who.label, lr, seed) for who in grid.contenders for lr in who.lrs for seed in grid.tune_seeds)
+    cells = (
+        Cell(task, who.label, lr, seed)
+        for who in grid.contenders
+        for lr in who.first_lrs(task)
+        for seed in grid.tune_seeds
+    )
     return next((r["selection_metric"] for cell in cells if (r := comparison.result(cell)) is not None), "")
 
 

@@ -99,7 +99,7 @@ class Comparison:
         for task in self.grid.tasks:
             for who in self.grid.contenders:
                 try:
-                    unpack(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)))
+                    unpack(self.cell_recipe(Cell(task, who.label, who.first_lrs(task)[0], 0)))
                 except ConfigError as error:
                     errors += [ConfigError(f"{task}, {who.label}", line) for line in str(error).split("\n")]
         if errors:
@@ -284,7 +284,9 @@ class Comparison:
         """Check that the runs in the folder of each method have its settings: labels may share the name of a folder."""
         for who in self.grid.contenders:
             folder = self.root / "cells" / slug(task) / slug(who.label)
-            expected = strict_yaml.load(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)).to_yaml(), task)[0]
+            expected = strict_yaml.load(
+                self.cell_recipe(Cell(task, who.label, who.first_lrs(task)[0], 0)).to_yaml(), task
+            )[0]
             for file in sorted(folder.glob("lr-*/seed-*/recipe.yaml")):
                 known = read_recipe(str(file)).values
                 keys = [key for key in who.settings if key != who.lr_key]  # of which each run has its own
@@ -307,7 +309,7 @@ class Comparison:
                 continue
             own, own_weights = job, weights
             if any(key.startswith(("data.", "model.", "task.")) for key in who.settings):
-                recipe = self.cell_recipe(Cell(task, who.label, who.lrs[0], 0))
+                recipe = self.cell_recipe(Cell(task, who.label, who.first_lrs(task)[0], 0))
                 own, own_weights = assemble(unpack(recipe), Reporter(verbosity=-1)), {}
             if not own_weights:  # loaded once for all methods that share it
                 base = load_base(own)

@@ -252,6 +252,19 @@ def test_a_default_rate_is_that_of_the_kind_of_task() -> None:
         assert found.lrs == expected
 
 
+def test_every_recipe_has_the_rates_of_its_own_head_and_kind() -> None:
+    words = {"text": ["task.kind=text-classification", "train.head_lr=1e-3"],
+             "image": ["task.kind=image-classification", "train.head_lr=1e-2"]}  # fmt: skip
+    recipes = {name: resolve([override_layer(own)]).recipe for name, own in words.items()}
+
+    made = make_grid(recipes, "none,mirror-scale", seeds=1, tune_seeds=1, lr_grid=None, extensions=0)
+
+    none, scaled = made.contenders
+    assert {cell.lr for cell in choose(made, "text", none, lambda _: None).missing} == {3e-4, 1e-3, 3e-3}
+    assert {cell.lr for cell in choose(made, "image", none, lambda _: None).missing} == {3e-3, 1e-2, 3e-2}
+    assert (scaled.first_lrs("text"), scaled.first_lrs("image")) == (around(2e-2), (3e-3, 1e-2, 3e-2))
+
+
 def test_names_that_lead_to_the_same_folder_are_refused() -> None:
     with pytest.raises(ConfigError) as error:
         make_grid(
