@@ -19,8 +19,7 @@ from mirrortune.errors import DataError, VerificationError
 from mirrortune.inference.prediction_file import PREDICTION, append_columns, new_names
 from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
-from mirrortune.runs.evaluate import check_indices, eval_batch
-from mirrortune.runs.index_checks import check_end_tokens
+from mirrortune.runs.evaluate import check_ends, check_indices, eval_batch
 from mirrortune.runs.load import Evaluable
 from mirrortune.tasks.base import Task, TextTask
 from mirrortune.tasks.predicting import Predictions, PredictOptions
@@ -150,8 +149,7 @@ class BlockAnswers:
         """Check the end tokens of a block, and its indices unless a block with longer rows and larger ids was checked
         before: repeating this slow check would find nothing new.
         """
-        where = f"model '{self._target}'"
-        check_end_tokens(self.found.model, examples, self.found.processor, where=where, source=source)
+        check_ends(self.found, examples, self._target, source)
         largest = max((int(ids.max()) for ids in examples.token_ids() if len(ids)), default=0)
         reach = (int(examples.lengths.max()), largest)
         if any(now > before for now, before in zip(reach, self._checked, strict=True)):

@@ -21,7 +21,7 @@ from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
-from mirrortune.runs.index_checks import check_rows
+from mirrortune.runs.index_checks import check_end_tokens, check_rows
 from mirrortune.runs.load import Evaluable, load_evaluable
 from mirrortune.runs.results import data_changes
 from mirrortune.runs.rows import evaluation_rows, read_data
@@ -241,6 +241,11 @@ def check_indices(found: Evaluable, examples: Examples, target: str, source: str
     """Check the indices of encoded rows against a model's embedding tables; ``source`` names the rows in errors."""
     where, is_text = f"model '{target}'", found.max_length is not None
     check_rows(found.model, examples, found.processor, where=where, source=source, is_text=is_text)
+
+
+def check_ends(found: Evaluable, examples: Examples, target: str, source: str) -> None:
+    """Check the end tokens of encoded rows, a part of :func:`check_indices` that is quick enough for every block."""
+    check_end_tokens(found.model, examples, found.processor, where=f"model '{target}'", source=source)
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:

@@ -154,8 +154,8 @@ def encode_audio(
         if not 1 <= found.samplerate <= _HIGHEST_RATE:
             problem = f"it has {found.samplerate:,} samples a second, allowed are 1 to {_HIGHEST_RATE:,}"
             raise recordings.unreadable(row, problem)
-        if problem := _missing_part(found.extra_info):
-            raise recordings.unreadable(row, problem)
+        if reason := _missing_part(found.extra_info):
+            raise recordings.unreadable(row, reason)
         if not found.frames:
             raise recordings.unreadable(row, _SILENT)
         counts[row] = min(_resampled_length(found.frames, found.samplerate, reader.rate), reader.max_samples + 1)

@@ -31,7 +31,7 @@ _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"
 _LARGEST_ARRAY = 1 << 30  # characters; an array is parsed as a whole
 
 
-def read_json(path: Path, encoding: str) -> Iterator[Part]:
+def read_json_file(path: Path, encoding: str) -> Iterator[Part]:
     """Yield the rows of a file that ends in .json, part by part; an array or columns are parsed as a whole."""
     start = next((text for block in blocks_of(path, encoding) if (text := block.lstrip())), "")
     if not start.startswith("["):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import problem_field, text_array
 from mirrortune.data.files.conll import read_tagged_words
-from mirrortune.data.files.json_files import read_json, read_json_lines
+from mirrortune.data.files.json_files import read_json_file, read_json_lines
 from mirrortune.data.files.json_layouts import is_json_object
 from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import PART_ROWS, PART_SIZE, Part, join_parts, line_numbers, on_disk, parts_of
@@ -320,7 +320,7 @@ def _decompress(path: Path, content: IO[bytes], file: IO[bytes]) -> None:
 READERS: dict[str, Callable[[Path, str], Iterator[Part]]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
-    ".json": read_json,
+    ".json": read_json_file,
     ".jsonl": read_json_lines,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
