@@ -299,7 +299,7 @@ def count_unread(
     given = {key for m in messages for key, value in m.items() if value not in (None, "", [], {})}
     names = sorted(given.difference(_ALWAYS_READ))
     unread = names if names and write(_without_fields(messages, names)) == whole else []
-    for name in () if unread else names:
+    for name in () if unread or len(names) == 1 else names:  # of one field it is known by now
         if write(_without_fields(messages, [*unread, name])) == whole:
             unread = [*unread, name]
     counts.update(f"{_UNREAD}{ascii(name)[1:-1][:60]}" for name in unread)

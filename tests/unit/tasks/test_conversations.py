@@ -24,6 +24,7 @@ from mirrortune.tasks.conversations import (
     as_messages,
     asked_text,
     conversation,
+    count_unread,
     row_weight,
 )  # fmt: skip
 from tests.tiny_models import CHATML, MARKED, TOOL_CHATML, tiny_chat_tokenizer
@@ -296,3 +297,25 @@ def test_alpaca_prompts_are_stanfords() -> None:
         "### Response:\n"
     )
     assert "### Input" not in alpaca_prompt("Add.", " ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "unread", "times"),
+    [({}, set(), 0), ({"id": 1}, {"id"}, 1), ({"name": "a"}, set(), 1), ({"id": 1, "time": 2}, {"id", "time"}, 1),
+     ({"id": 1, "name": "a"}, {"id"}, 3)],
+)  # fmt: skip
+def test_a_conversation_is_written_again_no_more_than_needed(
+    fields: dict[str, Any], unread: set[str], times: int
+) -> None:
+    written: list[str] = []
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        written.append("".join(f"{m.get('name')}: {m['content']}" for m in messages))
+        return written[-1]
+
+    messages = [{"role": "user", "content": "a", **fields}]
+    whole, counts = write(messages), Counter[str]()
+    count_unread(counts, messages, whole, write)
+
+    assert {name.removeprefix("unread ") for name in counts} == unread
+    assert len(written) - 1 == times
