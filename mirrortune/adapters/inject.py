@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,12 +75,14 @@ class Attachment:
         layers: adapted layers by name, in module order.
         frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digests` of the base's weights that the adapter leaves as
             they are; None if it is not known.
+        tied: other names of the parameters that are trained as they are and have several, by the name in ``targets``.
     """
 
     spec: AdapterSpec
     targets: Targets
     layers: Mapping[str, AdaptedLayer]
     frozen: str | None = None
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def attach(

@@ -183,7 +183,8 @@ class Admission:
 
     def _targets_of(self, adapter: AdapterFile) -> Targets:
         layouts = {name: asdict(layout) for name, layout in adapter.layouts.items()}
-        key = json.dumps([asdict(adapter.spec), layouts, adapter.head, adapter.plain, adapter.frozen], sort_keys=True)
+        own = [adapter.head, adapter.plain, adapter.tied, adapter.frozen]
+        key = json.dumps([asdict(adapter.spec), layouts, *own], sort_keys=True)
         found = self._targets.get(key)
         if found is None:
             found = stored_targets(self.model, adapter)
@@ -398,6 +399,7 @@ def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[s
         "plain": sorted({key.removeprefix("param.") for key in adapter.tensors if key.startswith("param.")}
                         - set(adapter.head)),
         "skipped": {},
+        **({"tied": adapter.tied} if adapter.tied else {}),
         "frozen": adapter.frozen,
     }  # fmt: skip
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core, trained_factors
+from mirrortune.adapters.files.tensors import check_trained_tied
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.single_layer import (
@@ -230,6 +231,8 @@ def plan_merge(
     files = checkpoint_files(source)
     if not files:
         raise NotTensorByTensor("the base has no safetensors files")
+    for adapter in adapters:
+        check_trained_tied(model, adapter.tied)
     names = aliases(model)
     dtype = resolve_dtype("auto", source.config, torch.device("meta"))
     auto_class = str(adapters[-1].base["auto_class"])

@@ -95,6 +95,7 @@ class AdapterFile:
         head: names of the head's parameters.
         plain: names of base parameters that were trained as they are.
         statistics: names of the running statistics of normalisation layers among ``head`` and ``plain``.
+        tied: other names that parameters of ``head`` and ``plain`` had in the base model, in which they are tied.
         extra: what else the writer recorded (max_length, ...).
         frozen: :func:`~mirrortune.adapters.fingerprint.frozen_digests` of the base's weights that the adapter leaves as
             they are; None if it is not known.
@@ -121,6 +122,7 @@ class AdapterFile:
     extra: dict[str, Any]
     frozen: str | None = None
     statistics: tuple[str, ...] = ()
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     effects: dict[str, Tensor] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
     responses: dict[str, list[float]] = field(default_factory=dict)
@@ -348,6 +350,7 @@ def adapter_contents(
         "layers": layers,
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
+        **({"tied": {name: list(others) for name, others in attached.tied.items()}} if attached.tied else {}),
         **({"statistics": list(attached.targets.statistics)} if attached.targets.statistics else {}),
         "skipped": attached.targets.skipped,
         "frozen": attached.frozen,
@@ -447,6 +450,7 @@ def parse_adapter(
             "plain": tuple(description["plain"]),
             "frozen": description.get("frozen"),
             "statistics": tuple(description.get("statistics", ())),
+            "tied": {name: tuple(others) for name, others in description.get("tied", {}).items()},
             "extra": {k: v for k, v in description.items() if k in ("max_length",)},
         }
         return _class_of(spec).parsed(fields, description, tensors, peft_config)

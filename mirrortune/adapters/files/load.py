@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
-from mirrortune.adapters.files.tensors import check_tied
+from mirrortune.adapters.files.tensors import check_tied, check_trained_tied, tied_names
 from mirrortune.adapters.fingerprint import (
     Fingerprint,
     completed,
@@ -91,7 +91,7 @@ def adapt(
         factor_source = _measured_factors(spec, bases)
     book = FingerprintBook()
     targets = checked_targets(model, spec, targets, new_parameters)
-    frozen = _frozen(model, targets)
+    frozen, tied = _frozen(model, targets), tied_names(model, (*targets.head, *targets.plain))
     if spec.preset.peft is not None:
         tuners.count_trained(model, spec, targets)  # on a copy: if PEFT raises an error, the model is unchanged
         tuners.attach_tuner(model, spec, targets=targets, on_layer=book.record_weight)
@@ -101,7 +101,7 @@ def adapt(
         )
         with changes(model):
             _start(model)
-    attachment(model).frozen = frozen
+    attachment(model).frozen, attachment(model).tied = frozen, tied
     return book
 
 
@@ -172,7 +172,7 @@ def load_into(
         _attach_cores(model, adapter, targets, source, book, force_base=force_base, trained_on=trained_on)
     with changes(model):
         adapter.restore(model, remarks=remarks)
-    attachment(model).frozen = frozen
+    attachment(model).frozen, attachment(model).tied = frozen, adapter.tied
     return book
 
 
@@ -475,6 +475,7 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
             min(both), "the adapter changes it, and holds it whole", fix="Restore the adapter folder"
         )
     found = find_targets(model, adapter.spec, adapter.head, adapter.layouts, (*adapter.plain, *adapter.statistics))
+    check_trained_tied(model, adapter.tied)
     for name, layout in adapter.layouts.items():
         own = found.layers[name].layout if name in found.layers else None
         if own != layout:

@@ -18,6 +18,7 @@ from mirrortune.adapters.fingerprint import Fingerprint, redrawn
 from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
+from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target
@@ -45,6 +46,40 @@ def check_tied(model: nn.Module, target: Target, names: Iterable[str]) -> None:
         if untied := sorted(others & held):
             raise VerificationError(
                 untied[0], f"the adapter was trained where it is tied to {target.tensors[0]}, and here it is not",
+                fix="Load the base with tied weights (config.tie_word_embeddings)",
+            )  # fmt: skip
+
+
+def tied_names(model: nn.Module, trained: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the other names of those of the ``trained`` parameters, or of the matrices of trained rows, that have
+    several in ``model``, which has no adapter.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    several = {own[0]: tuple(own[1:]) for own in names.values() if len(own) > 1}
+    found = {name: name if (rows := RowRange.parse(name)) is None else rows.weight for name in trained}
+    return {name: several[weight] for name, weight in found.items() if weight in several}
+
+
+def check_trained_tied(model: nn.Module, tied: Mapping[str, Sequence[str]]) -> None:
+    """Check that parameters that were trained as they are under several names are tied in ``model`` too.
+
+    Otherwise only one of the model's tensors would be restored.
+
+    Args:
+        model: model without adapter.
+        tied: result of :func:`tied_names` in training; ``model`` may lack the other names.
+
+    Raises:
+        VerificationError: they are not.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False)) if tied else {}
+    for name, others in tied.items():
+        weight = name if (rows := RowRange.parse(name)) is None else rows.weight
+        if untied := next((other for other in others if other in held and held[other] is not held.get(weight)), None):
+            raise VerificationError(
+                untied, f"the adapter was trained where it is tied to {weight}, and here it is not",
                 fix="Load the base with tied weights (config.tie_word_embeddings)",
             )  # fmt: skip
 

@@ -67,6 +67,8 @@ def check_description(description: Mapping[str, Any]) -> None:
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
     for key in ("head", "plain", "statistics"):
         _require(_are_names(description.get(key, [])), key)
+    tied = description.get("tied", {})
+    _require(isinstance(tied, dict) and all(map(_are_names, tied.values())), "tied")
     frozen = description.get("frozen")
     _require(frozen is None or (isinstance(frozen, str) and _FROZEN.fullmatch(frozen) is not None), "frozen")
     _require(description["form"] in ("compact", "portable"), "form")

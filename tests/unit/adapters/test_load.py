@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from mirrortune.adapters.fingerprint import frozen_digests, num_lost
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import VerificationError
 from mirrortune.tasks.base import task_to_dict
-from tests.tiny_models import tiny_bert, tiny_causal
+from tests.tiny_models import tiny_bert, tiny_causal, write_tiny_causal
 from tests.tiny_runs import HEAD, classification, logits
 
 METHODS = ["mirror-scale", "lora", "none", "bitfit"]
@@ -125,3 +127,38 @@ def test_an_adapter_of_tied_weights_is_refused_where_they_are_not_tied(tmp_path:
     ):
         mirrortune.load_adapter(untied, tmp_path / "adapter")
     mirrortune.load_adapter(tiny_causal(tie_word_embeddings=True), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "full"}, {"also_train": "embeddings"}, {"method": "lora", "rank": 2, "also_train": "lm_head"}],
+)
+def test_tied_weights_that_were_trained_whole_are_refused_where_they_are_not_tied(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tied, untied = (tiny_causal(tie_word_embeddings=is_tied) for is_tied in (True, False))
+    untied.load_state_dict(tied.state_dict())
+    with torch.no_grad():
+        mirrortune.attach(tied, **options).get_input_embeddings().weight.add_(1)
+    expected = tied(torch.arange(4)[None]).logits
+    mirrortune.save_adapter(tied, tmp_path / "adapter")
+    with pytest.raises(
+        VerificationError, match=r"lm_head\.weight: the adapter was trained where it is tied to model\."
+    ):
+        mirrortune.load_adapter(untied, tmp_path / "adapter")
+    untied = write_tiny_causal(tmp_path / "untied", tie_word_embeddings=False)
+    with pytest.raises(VerificationError, match=r"lm_head\.weight: the adapter was trained where it is tied"):
+        mirrortune.merge_adapter(untied, tmp_path / "adapter", tmp_path / "merged")
+    again = mirrortune.load_adapter(tiny_causal(tie_word_embeddings=True), tmp_path / "adapter")
+    torch.testing.assert_close(again(torch.arange(4)[None]).logits, expected)
+    mirrortune.save_adapter(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter.json").read_text())["tied"] == {
+        "model.embed_tokens.weight": ["lm_head.weight"]
+    }
+
+
+def test_weights_that_were_trained_apart_are_refused_where_they_are_tied(tmp_path: Path) -> None:
+    model = mirrortune.attach(tiny_causal(tie_word_embeddings=False), method="full")
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(VerificationError, match=r"lm_head\.weight"):
+        mirrortune.load_adapter(tiny_causal(tie_word_embeddings=True), tmp_path / "adapter")
