@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import BANK, check_plain, check_unwrapped
+from mirrortune.adapters.kinds import plain_dtype
 from mirrortune.errors import ConfigError, did_you_mean, in_python_terms
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
@@ -59,6 +60,7 @@ class AdapterBank:
             raise ConfigError("AdapterBank", "the model is in another bank", fix="Use that one, or close() it first")
         check_plain(model, "AdapterBank")
         self.model = model
+        self._dtype = plain_dtype(model)
         self._entries: dict[str, Entry | ReadAdapter] = {}
         self._seats: dict[str, Seat] = {}
         self._admission = Admission(model, FactorCache(on_layer=on_layer), layers_without_rows(model))
@@ -125,6 +127,7 @@ class AdapterBank:
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ConfigError("name", f"got {name!r}", allowed="printable text")
         self._check_open()
+        self._check_dtype()
         self._check_name(name, replace=replace)
         if not isinstance(adapter, AdapterFile):
             adapter = read_adapter(_own_folder(local_adapter(adapter, revision=revision, subfolder=subfolder)))
@@ -230,6 +233,19 @@ class AdapterBank:
         if not self._is_open:
             raise ConfigError("AdapterBank", "the bank is closed", fix="Create another one of the model")
 
+    def _check_dtype(self) -> None:
+        """Check that the model was not cast after the first adapter was read, whose tensors a cast does not reach."""
+        now = plain_dtype(self.model)
+        if now == self._dtype:
+            return
+        if any(isinstance(entry, Entry) for entry in self._entries.values()):
+            before, after = (str(dtype).removeprefix("torch.") for dtype in (self._dtype, now))
+            raise ConfigError(
+                "AdapterBank", f"its model was cast from {before} to {after}, and the adapters were not",
+                fix="Cast the model before the bank is created",
+            )  # fmt: skip
+        self._dtype = now
+
     def _find(self, name: str) -> Entry | ReadAdapter:
         self._check_open()
         found = self._entries.get(name)
@@ -296,6 +312,7 @@ class AdapterBank:
         serving = self._serving()
         if serving is None:
             return
+        self._check_dtype()
         named = [kwargs.get(str(name)) for name in (getattr(model, "main_input_name", None), *_MAIN_INPUTS)]
         _check_rows(serving, *named, *args)
         own = getattr(getattr(model, "config", None), "num_labels", None)

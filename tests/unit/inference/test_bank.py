@@ -347,3 +347,20 @@ def test_a_head_of_another_width_has_no_loss(bert: Cases) -> None:
         bank.model(**inputs)
     with bank.rows(["a", None]):
         assert bank.model(**inputs).loss.isfinite()
+
+
+def test_a_base_that_is_cast_under_its_adapters_is_refused(bert: Cases) -> None:
+    base = copy.deepcopy(bert.base)
+    bank = mirrortune.AdapterBank(base)
+    base.double()
+    base.float()
+    bank.add("a", bert.folder / "a")
+    with torch.no_grad(), bank.rows(["a"] * 4):
+        base.half()
+        with pytest.raises(ConfigError, match=r"its model was cast from float32 to float16, and the adapters were not"):
+            base(**bert.batch)
+    with pytest.raises(ConfigError, match="Cast the model before the bank is created"):
+        bank.add("b", bert.folder / "b")
+    base.float()
+    with torch.no_grad(), bank.rows(["a"] * 4):
+        base(**bert.batch)
