@@ -21,7 +21,7 @@ from mirrortune.adapters import inject
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into, restore_into
-from mirrortune.adapters.files.tensors import Form
+from mirrortune.adapters.files.tensors import Form, changed_weights, sampled_weights
 from mirrortune.adapters.inject import attachment, changes, check_plain, check_unwrapped, unwrapped
 from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
@@ -48,6 +48,7 @@ T = TypeVar("T")
 # Attributes of a model:
 _NEW_TOKENS = "_mirrortune_new_tokens"  # the new tokens that it has rows for
 _TRAINED = "_mirrortune_trained"  # names of the parameters that the adapter trains
+_SAMPLES = "_mirrortune_samples"  # some values of each adapted weight
 _LOADED_IN = "_mirrortune_loaded_in"  # dtype of the base, which may be cast later
 # Parts of names that torch.compile, activation checkpointing, FSDP and parallel wrappers add to the modules inside.
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
@@ -161,6 +162,7 @@ def save_adapter(
     model = unwrapped(model)
     check_saved_whole(model)
     _check_finite(model)
+    _warn_of_changed_weights(model)
     base = _describe_base(model)
 
     files = adapter_contents(model, _book_of(model).entries, base=base, task=None, extra={}, form=form)
@@ -263,6 +265,17 @@ def _check_finite(model: nn.Module) -> None:
             "model", f"the training has diverged: trained parameters hold NaN or infinities: {shown}",
             fix="Train again with a lower learning rate; train a float16 model in bfloat16 or float32",
         )  # fmt: skip
+
+
+def _warn_of_changed_weights(model: nn.Module) -> None:
+    """Warn of base weights that differ by more than a cast from those that the adapter was attached to."""
+    if changed := changed_weights(model, vars(model).get(_SAMPLES, {})):
+        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        warnings.warn(
+            f"weights of the base were changed after the adapter was attached: {shown}. The adapter is saved for the "
+            "weights as they were, with which it acts otherwise than here; change weights before attach",
+            stacklevel=4,
+        )
 
 
 def _requiring_gradients(model: nn.Module) -> list[str]:
@@ -435,6 +448,7 @@ def _remember(model: nn.Module, book: FingerprintBook) -> None:
     model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001
     vars(model)[_LOADED_IN] = str(getattr(model, "dtype", "torch.float32")).removeprefix("torch.")
     vars(model)[_TRAINED] = frozenset(_requiring_gradients(model))
+    vars(model)[_SAMPLES] = sampled_weights(model)
     if attachment(model).layers and callable(getattr(model, "save_pretrained", None)):
         vars(model)["save_pretrained"] = _SavePretrained(model)
 

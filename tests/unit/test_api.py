@@ -714,3 +714,18 @@ def test_an_adapted_model_goes_with_its_last_reference(tmp_path: Path) -> None:
 def test_whole_numbers_of_numpy_are_taken() -> None:
     spec = mirrortune.attach(tiny_bert(), rank=np.int64(4), seed=np.int64(3)).mirrortune.spec  # type: ignore[arg-type]
     assert (type(spec.rank), spec.rank, type(spec.seed), spec.seed) == (int, 4, int, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "mirror", "rank": 4}, {"method": "mirror"}, {"method": "lora", "rank": 2}]
+)
+def test_base_weights_that_change_after_attach_are_named_when_the_adapter_is_saved(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = mirrortune.attach(tiny_bert(), target_modules="query|value", **options)
+    mirrortune.save_adapter(model.half().float(), tmp_path / "cast")
+    layer = model.get_submodule("bert.encoder.layer.1.attention.self.value")
+    with torch.no_grad():
+        layer.base_layer.weight.data.mul_(1.1)
+    with pytest.warns(UserWarning, match=r"changed after the adapter was attached: bert\S+layer\.1\S+value\. The"):
+        mirrortune.save_adapter(model, tmp_path / "edited")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.fingerprint import Fingerprint, redrawn
 from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
+from mirrortune.adapters.kinds import is_plain
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
 from mirrortune.adapters.plain import RowRange
@@ -28,6 +29,8 @@ from mirrortune.system.distributed.sharding import is_whole
 _KINDS = ("core", "clusters", "pairs", "partners", "sketch")
 _SIGNS = "signs"
 _FIRST = 1024  # numbers
+_NUM_SAMPLES = 64  # at most twice as many, of each weight
+_ROUNDING = (2**-7, 2**-24)  # of a cast to 16 bits, relative and absolute
 
 Holds = dict[str, dict[str, list[int]]]
 """Layer -> name of a joined tensor -> shape of the layer's part of it."""
@@ -82,6 +85,33 @@ def check_trained_tied(model: nn.Module, tied: Mapping[str, Sequence[str]]) -> N
                 untied, f"the adapter was trained where it is tied to {weight}, and here it is not",
                 fix="Load the base with tied weights (config.tie_word_embeddings)",
             )  # fmt: skip
+
+
+def sampled_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a few values of the base weight of each adapted layer, (N,) float64, for :func:`changed_weights`.
+
+    Weights that are quantised, sharded or without values are left out.
+    """
+    weights = {
+        name: getattr(getattr(layer, "base_layer", None), "weight", None)
+        for name, layer in attachment(model).layers.items()
+    }
+    return {
+        name: weight.detach().reshape(-1)[:: -(-weight.numel() // _NUM_SAMPLES)].to("cpu", torch.float64)
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor) and is_plain(weight) and is_whole(weight) and not weight.is_meta and len(weight)
+    }
+
+
+def changed_weights(model: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    """Return the layers whose base weight differs from its earlier samples by more than a cast to 16 bits."""
+    relative, absolute = _ROUNDING
+    return [
+        name
+        for name, now in sampled_weights(model).items()
+        if (own := before.get(name)) is not None and own.shape == now.shape
+        and not ((now - own).abs() <= relative * own.abs() + absolute).all()
+    ]  # fmt: skip
 
 
 def rounding_of(*tensors: Tensor) -> torch.dtype:
