@@ -428,19 +428,23 @@ def with_test_split(recipe: Recipe, job: Job) -> Recipe:
 
 
 def default_jobs() -> int:
-    """Return the number of GPUs, or 1 without a GPU."""
+    """Return the number of GPUs that runs use, or 1 if they use none."""
+    return max(1, _num_gpus())
+
+
+def _num_gpus() -> int:
     import torch  # noqa: PLC0415
 
-    return max(1, torch.cuda.device_count())
+    from mirrortune.system.devices import uses_cuda  # noqa: PLC0415
+
+    return torch.cuda.device_count() if uses_cuda() else 0
 
 
 def _device(slot: int, jobs: int) -> dict[str, str]:
     """Return environment variables that give a cell its GPU or its share of the CPU cores."""
-    import torch  # noqa: PLC0415
-
-    if torch.cuda.device_count() > 1:
+    if (count := _num_gpus()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        devices = visible.split(",") if visible else [str(i) for i in range(count)]
         return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}

@@ -73,7 +73,8 @@ def check_attention(asked: str | None, device: torch.device) -> None:
         device: device to train on.
 
     Raises:
-        ResourceError: flash attention without a CUDA device or without the package ``flash_attn``.
+        ResourceError: flash attention without a CUDA device, without the package ``flash_attn``, or on a GPU that is
+            older than its kernels.
     """
     if asked != "flash_attention_2":
         return
@@ -81,6 +82,10 @@ def check_attention(asked: str | None, device: torch.device) -> None:
         raise ResourceError("model.attention", f"{asked} runs only on CUDA GPUs, got {device.type}", fix="Use sdpa")
     if importlib.util.find_spec("flash_attn") is None:
         raise ResourceError("model.attention", f"{asked} needs the package flash-attn", fix="Install it, or use sdpa")
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        problem = f"{asked} needs a GPU from Ampere on, got compute capability {'.'.join(map(str, capability))}"
+        raise ResourceError("model.attention", problem, allowed="8.0 or newer", fix="Use sdpa")
 
 
 def has_bf16() -> bool:

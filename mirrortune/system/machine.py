@@ -148,7 +148,7 @@ def _accelerators() -> list[dict[str, Any]]:
     found = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        device = {"kind": "cuda", "name": torch.cuda.get_device_name(index)}
+        device: dict[str, Any] = {"kind": "cuda", "name": torch.cuda.get_device_name(index)}
         device |= {"capability": f"{major}.{minor}", "runtime": torch.version.cuda or torch.version.hip}
         try:
             free, total = torch.cuda.mem_get_info(index)

@@ -50,6 +50,16 @@ def test_checkpointed_activations_give_the_same_numbers() -> None:
         checkpoint_activations(nn.Linear(2, 2))
 
 
+def test_flash_attention_is_refused_on_gpus_that_it_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ResourceError, match=r"needs a GPU from Ampere on, got compute capability 7\.5"):
+        check_attention("flash_attention_2", torch.device("cuda"))
+    capability[0] = (9, 0)
+    check_attention("flash_attention_2", torch.device("cuda"))
+
+
 def test_flash_attention_is_refused_where_it_cannot_run(desk: Path, tiny_model_dir: Path) -> None:
     words = ("train", "-m", tiny_model_dir, "-t", "text-classification", "-d", write_table(desk / "r.csv", reviews(20)))
     outcome = mirrortune(*words, "model.attention=flash_attention_2")

@@ -11,9 +11,10 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from mirrortune.compare.grid import Cell, make_grid
-from mirrortune.compare.run import Comparison, with_test_split
+from mirrortune.compare.run import Comparison, _device, default_jobs, with_test_split
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, DivergedError, InterruptedRun, MirrortuneError
@@ -168,6 +169,18 @@ def test_rows_that_train_or_choose_are_no_test_rows(
     recipe = resolve([override_layer(words)]).recipe
     job = Mock(settings=unpack(recipe))
     assert with_test_split(recipe, job).eval.report_splits == reported
+
+
+def test_runs_share_the_gpus_only_where_they_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert default_jobs() == 3
+    assert [_device(slot, 4) for slot in (2, 3)] == [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "4"}]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert default_jobs() == 1
+    assert list(_device(2, 4)) == ["OMP_NUM_THREADS"]
 
 
 def test_a_comparison_that_reported_other_splits_says_how_to_go_on(tmp_path: Path) -> None:
