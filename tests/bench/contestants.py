@@ -190,6 +190,11 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def python_path() -> str:
+    """PYTHONPATH for processes of a bench: this checkout before what is there, such as packages brought along."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+
+
 def hardware(device: str) -> str:
     """The device by name."""
     if device == "cuda":

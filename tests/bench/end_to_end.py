@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contestants import hardware, versions
+from tests.bench.contestants import hardware, python_path, versions
 from tests.bench.output import write_and_print
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def run(name: str, place: Path, device: str) -> dict[str, float]:
     if name == "ours":
         subprocess.run(["rm", "-rf", str(place / "cache")], check=True)
     env = {**os.environ, "MIRRORTUNE_CACHE": str(place / "cache"), "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1",
-           "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}  # fmt: skip
+           "PYTHONPATH": python_path(), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}  # fmt: skip
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tests.bench.contestants import SIZES, hardware, versions
+from tests.bench.contestants import SIZES, hardware, python_path, versions
 from tests.bench.output import write_and_print
 from tests.tiny_models import tiny_tokenizer, write_tiny_causal
 
@@ -101,13 +101,13 @@ def commands(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 def afterwards(options: argparse.Namespace, precision: str) -> Iterator[tuple[str, list[str]]]:
     """Yield what is done with a trained run and with a language model, by name."""
     run, merged, text = slug(f"mirror-scale, {precision}"), f"merged-{precision}", f"text-{precision}"
-    yield "resume", training(options, "-o", run, "--resume", *METHODS["mirror-scale"])
     yield "eval", ["eval", run, "--split", "validation", "-q"]
     yield "predict", ["predict", run, "--text", "a very good film"]
     yield "merge", ["merge", run, "-o", merged, "-q"]
     yield "eval of the merged model", ["eval", merged, "-t", "text-classification", "-d", str(SENTENCES), "-q"]
     yield "text", [*TEXT, "-o", text]
     yield "predict of text", ["predict", text, "--text", "the film was good"]
+    yield "resume", training(options, "-o", run, "--resume", *METHODS["mirror-scale"])  # last, since it changes the run
 
 
 def slug(name: str) -> str:
@@ -134,9 +134,8 @@ def run(name: str, words: list[str], folder: Path, env: dict[str, str]) -> dict[
     done = subprocess.run(command, check=False, cwd=folder, env=env, capture_output=True, text=True)
     found: dict[str, Any] = {"words": words, "code": done.returncode, "seconds": time.perf_counter() - started}
     if done.returncode:
-        (folder / f"{slug(name)}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         lines = done.stderr.strip().splitlines() or [""]
-        return {**found, "said": lines[-1]}
+        return {**found, "said": lines[-1], "stderr": done.stderr[-4000:]}
     results = folder / words[words.index("-o") + 1] / "results.json" if words[0] == "train" else None
     if results is not None and results.is_file():
         content = json.loads(results.read_text(encoding="utf-8"))
@@ -194,7 +193,7 @@ def main() -> int:
     write_model(folder / "model", options)
     write_tiny_causal(folder / "llama")
     write_prompts(folder / "prompts.jsonl")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MIRRORTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": python_path(), "MIRRORTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     width = SIZES[options.size][0]

@@ -111,10 +111,24 @@ def _of_banks() -> list[Target]:
     return found
 
 
+def _of_trainings() -> list[Target]:
+    """What is asked of whole trainings on a GPU."""
+
+    def ratio(key: str) -> Callable[[Results], float]:
+        return lambda r: r["commands"]["mirror-scale r=64, bf16"][key] / r["commands"][f"{REFERENCE}, bf16"][key]
+
+    line = "of a training at rank 64 in bf16, of LoRA's"
+    return [
+        Target(part="precisions", line=f"step {line}", aim=1.0, read=ratio("median_step_seconds")),
+        Target(part="precisions", line=f"peak memory {line}", aim=1.0, read=ratio("peak_memory_bytes")),
+    ]
+
+
 def targets(device: str, clock: str) -> list[Target]:
     """All that is asked of runs on a device; runs are compared by ``clock``, ``wall`` or ``cpu``."""
     if device == "cuda":
         found = [
+            *_of_trainings(),
             Target(part="peak-8b", line="peak memory of an 8B-shaped model at rank 128, of LoRA r=8's", aim=1.0,
                    read=lambda r: r["peaks"]["mirror r=128"] / r["peaks"][REFERENCE]),
             Target(part="peak-8b", line="the same in GB, on one GPU", aim=80.0,

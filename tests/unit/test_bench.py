@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.bench.contestants import (
     make_model,
 )
 from tests.bench.methods import merge_seconds
-from tests.bench.parts import PARTS
+from tests.bench.parts import PARTS, Part
 from tests.bench.targets import read_results, targets
 
 ALL = [(device, name) for device, parts in PARTS.items() for name in parts]
@@ -111,6 +112,22 @@ def test_what_makes_no_sense_is_refused(words: list[str], said: str, capsys: pyt
     assert said in capsys.readouterr().err
 
 
+def test_packages_that_were_brought_to_a_machine_are_found_by_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    part = Part(module="scaling", folder="scaling", words=("--no-such-word",))
+    code = "import sys; sys.exit(sys.path[1:3] != ['ROOT', 'THERE'])"
+    monkeypatch.setattr(bench.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n'.replace("ROOT", str(bench.ROOT)).replace(
+            "THERE", str(tmp_path)
+        )
+    )
+    (tmp_path / "python").chmod(0o755)
+    assert bench.run(part, tmp_path / "out", bench.parse(["scaling"]))
+
+
 def test_a_part_is_cut_when_its_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = bench.parse(["scaling", "methods", "--minutes", "0"])
     started = time.perf_counter()
@@ -124,7 +141,7 @@ def test_a_command_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> No
     env = {**os.environ, "PYTHONPATH": str(precisions.ROOT)}
     failed = precisions.run("what, bf16", ["what"], tmp_path, env)
     assert failed["code"] == 2
-    assert (tmp_path / "what-bf16.log").is_file()
+    assert failed["said"] in failed["stderr"]
     gone = precisions.run("resume, bf16", ["train"], tmp_path, env)
     assert gone["code"] == -1, "what it would continue has failed"
     numbers = {"median_step_seconds": 0.01, "peak_memory_bytes": 2**30, "loss": 0.5, "skipped_steps": 0}
@@ -204,6 +221,11 @@ def test_a_target_is_judged_by_its_ratio() -> None:
     step = "step at rank 64, of LoRA's (1,024 tokens)"
     assert found(1.0)[step] == ["<= 1", "1", "held"]
     assert found(1.01)[step] == ["<= 1", "1.01", "missed"]
+    trained = {"commands": {f"{name}, bf16": {"median_step_seconds": seconds}
+                            for name, seconds in (("lora r=8", 2.0), ("mirror-scale r=64", 1.5))}}  # fmt: skip
+    first, second, *_ = (t.row({"precisions": trained}) for t in targets("cuda", "wall"))
+    assert first[1:] == ["<= 1", "0.75", "held"]
+    assert second[3] == "not measured"
     assert found(0.7)["saved activations at rank 64, of LoRA's (1,024 tokens)"] == ["<= 0.75", "0.7", "held"]
     assert found(1.0)["step at full rank, of dora r=8's (1,024 tokens)"] == ["< 1", "1", "missed"]
     assert found(1.0)["step at full rank, of oft's (1,024 tokens)"][2] == "not measured"
