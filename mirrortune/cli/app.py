@@ -333,21 +333,16 @@ app.add_typer(recipes, name="recipes")
 
 
 def main() -> None:
-    """Run ``mirrortune`` or ``python -m mirrortune``."""
+    """Run ``mirrortune`` or ``python -m mirrortune``, and close the connections to the other processes of a run."""
     try:
         app()
     except SystemExit as ended:  # raised on success, too; after other exceptions, peers may still wait for this process
-        _leave_peers(has_failed=bool(ended.code))
+        torch: Any = sys.modules.get("torch")  # if torch was not imported, there is nothing to close
+        is_open = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+        # NCCL waits for all processes there, and if this one has failed alone, they wait for it in the middle of a step.
+        if is_open and not (ended.code and "nccl" in str(torch.distributed.get_backend())):
+            torch.distributed.destroy_process_group()  # torch warns at exit if they are still open
         raise
-
-
-def _leave_peers(*, has_failed: bool) -> None:
-    """Close the connections to the other processes of a run; torch warns at exit if they are still open."""
-    torch: Any = sys.modules.get("torch")  # if torch was not imported, there is nothing to close
-    is_open = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    # NCCL waits for all processes there, and if this one has failed alone, they wait for it in the middle of a step.
-    if is_open and not (has_failed and "nccl" in str(torch.distributed.get_backend())):
-        torch.distributed.destroy_process_group()
 
 
 def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:
