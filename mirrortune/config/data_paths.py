@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of ``data.path``: one path, or a list whose items are paths or mappings with a ``path``.
+"""Values of ``data.path``: one path, or a list whose items are paths or mappings with a ``path``; and model paths.
 
 The functions take values as they stand in a recipe file and as they are after it is checked. Imports no torch.
 """
@@ -77,6 +77,18 @@ def anchored_paths(value: Any, folder: Path) -> Any:
         return _numbered(beside.resolve(), number) if is_beside else path
 
     return with_paths(value, change)
+
+
+def anchored_model(name: str, folder: Path) -> str:
+    """Return the name of a model, made absolute if it is a path relative to the folder of a recipe.
+
+    A path such as ``../model`` that leads nowhere from that folder may lead somewhere from the working directory.
+    """
+    if not name or Path(name).is_absolute():
+        return name
+    beside = local_path(folder / name)
+    is_model = (beside / "config.json").is_file() or (beside.suffix == ".gguf" and beside.is_file())
+    return str(beside.resolve()) if is_model else name
 
 
 def walks_far(value: Any) -> bool:

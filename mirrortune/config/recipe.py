@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mirrortune.config import strict_yaml
-from mirrortune.config.data_paths import absolute_paths, anchored_paths, bare_names, walks_far
+from mirrortune.config.data_paths import absolute_paths, anchored_model, anchored_paths, bare_names, walks_far
 from mirrortune.config.schema import Recipe, SourceSection
 from mirrortune.errors import PREFERENCES, ConfigError, did_you_mean, no_preferences, unknown_name
 from mirrortune.system.paths import local_path, shipped_folder
@@ -96,21 +96,12 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
             raise unknown_name(where, "recipe", name, shipped_recipes())
         path = shipped_folder() / f"{name}.yaml"
     try:
-        text = _text_of(path, where, "a recipe")
-    except (OSError, UnicodeDecodeError) as error:
+        text = strict_yaml.text_of(path, where, "a recipe")
+    except OSError as error:
         raise ConfigError(where, f"cannot read {path} ({error})", fix="Check the path") from error
     data, lines = _mapping(text, str(path))
     _anchor_paths(data, path.parent)
     return Layer(values=data, origin=str(path), lines=lines, file=path)
-
-
-def _text_of(path: Path, where: str, what: str) -> str:
-    """Return the text of a settings file; raise ConfigError if it is too large or not a regular file."""
-    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device, whose content may never end
-        raise ConfigError(where, f"{path} is a pipe" if path.is_fifo() else f"{path} is a device", allowed="a file")
-    if (size := path.stat().st_size) > _LARGEST_FILE:
-        raise ConfigError(str(path), f"{what} of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
-    return path.read_text(encoding="utf-8")
 
 
 def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -122,8 +113,12 @@ def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ..
     return data, lines
 
 
-_LARGEST_FILE = 16 * 2**20  # bytes; pairs for every layer of a large model take half of that
 _MOST_PROBLEMS = 100  # problems reported for a recipe; an untrusted file may have a million
+# pydantic's names of types -> words of YAML
+_PLAIN_NAMES = {
+    "array": "a list, such as [a, b]", "an object": "a section of settings", "string": "text in quotes",
+    "boolean": "true or false",
+}  # fmt: skip
 _SHOWN = 200  # characters shown of an invalid value
 _FORMS: dict[tuple[str, ...], str] = {
     ("adapter", "layers"): 'a list of numbers of blocks, from 0 on, and of "last N": [0, 1, last 4]',
@@ -384,8 +379,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
-    words = {"array": "a list, such as [a, b]", "an object": "a section of settings", "string": "text in quotes"}
-    message = words.get(message, message)
+    message = _PLAIN_NAMES.get(message, message)
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
@@ -407,7 +401,7 @@ def _explain_form(path: tuple[str, ...], loc: tuple[Any, ...], layer: Layer | No
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
@@ -457,7 +451,9 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make paths of data and pairs absolute; relative ones refer to the folder of the recipe."""
+    """Make paths of the model, data and pairs absolute; relative ones refer to the folder of the recipe."""
+    if isinstance(name := _setting(data, "model", "name"), str):
+        data["model"]["name"] = anchored_model(name, folder)
     for key in _DATA_PATHS:
         if _setting(data, "data", key) is not None:
             data["data"][key] = anchored_paths(data["data"][key], folder)
@@ -490,7 +486,7 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
         return dict(items)
 
     try:
-        found = json.loads(_text_of(local_path(given), where, "a file of pairs"), object_pairs_hook=once)
+        found = json.loads(strict_yaml.text_of(local_path(given), where, "a file of pairs"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
     if not isinstance(found, list | dict):

@@ -7,7 +7,9 @@ it silently keeps the last. Each of these can ruin a training run.
 
 from __future__ import annotations
 
+import codecs
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -72,6 +74,7 @@ for _found in _StrictLoader.yaml_implicit_resolvers.values():
 # PyYAML's own constructor reads 010 as octal.
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
+_LARGEST_FILE = 16 * 2**20  # bytes; pairs for every layer of a large model take half of that
 _LONG = 2**16  # characters; hand-written files are shorter and are parsed by PyYAML, whose messages are better
 _FastLoader: Any = _StrictLoader
 if yaml.__with_libyaml__:
@@ -130,6 +133,27 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def text_of(path: Path, where: str, what: str) -> str:
+    """Return the text of a settings file.
+
+    Raises:
+        ConfigError: it is too large, not a regular file or not UTF-8.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device, whose content may never end
+        raise ConfigError(where, f"{path} is a pipe" if path.is_fifo() else f"{path} is a device", allowed="a file")
+    if (size := path.stat().st_size) > _LARGEST_FILE:
+        raise ConfigError(str(path), f"{what} of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        form = "UTF-16" if is_wide else f"not UTF-8 (byte 0x{content[error.start]:02x})"
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}", f"{what} cannot be read: it is {form}", fix="Save it as UTF-8") from error
 
 
 def parse_scalar(text: str, source: str) -> Any:

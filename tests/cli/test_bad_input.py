@@ -192,6 +192,8 @@ BAD: dict[str, Bad] = {
     ),
     "unknown section": setting("trian.lr=1", "'trian.lr=1': unknown key 'trian'. Did you mean 'train'?"),
     "setting of the wrong type": setting("train.epochs=many", "'train.epochs=many': got 'many'. Allowed: number."),
+    "switch in words of YAML 1.1": setting("train.compile=on", "got 'on'. Allowed: true or false."),
+    "setting of null": setting("train.epochs=null", "got null. Allowed: number."),
     "setting that is no YAML": setting("train.lr=[1", "'train.lr=[1'", "not valid YAML"),
     "section set as a value": setting("model=5", "'model=5': got 5. Allowed: a section, such as model: {name: ...}"),
     "share above one": setting("data.validation_fraction=1.5", "got 1.5. Allowed: less than 1."),
@@ -218,7 +220,7 @@ BAD: dict[str, Bad] = {
     "recipe with a tab": recipe("train:\n\tlr: 1\n", "my.yaml:2: not valid YAML"),
     "empty recipe": recipe("", "my.yaml: the recipe is empty. Write sections such as model"),
     "recipe that is a list": recipe("- train\n", "my.yaml: a recipe is a mapping of sections, got a list."),
-    "recipe that is not text": recipe(b"\xff\xfe", "cannot read", "my.yaml"),
+    "recipe that is not text": recipe(b"\xff\xfe", "cannot be read", "my.yaml"),
     "section that is a value": recipe(
         "model: roberta-base\n", "my.yaml:1: model: got 'roberta-base'. Allowed: a section"
     ),

@@ -109,7 +109,7 @@ def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
         ("train:\n  lr: -1\n", ["my.yaml:2: train.lr: got -1. Allowed: greater than or equal to 0"]),
         ("train:\n  batch_size: 1.5\n", ["my.yaml:2: train.batch_size: got 1.5. Allowed: integer"]),
         ("train:\n  seed: true\n", ["my.yaml:2: train.seed: got True. Allowed: integer"]),
-        ("model:\n  trust_remote_code: no\n", ["model.trust_remote_code: got 'no'. Allowed: boolean"]),
+        ("model:\n  trust_remote_code: no\n", ["model.trust_remote_code: got 'no'. Allowed: true or false"]),
         ("train:\n  schedule: liner\n", ["train.schedule: got 'liner'. Did you mean 'linear'? Allowed: 'linear'"]),
         ("adapter:\n  rank: big\n", ["my.yaml:2: adapter.rank: got 'big'. Allowed: 'full' or 'out' or integer"]),
         ("adapter:\n  rank: 0\n", ["my.yaml:2: adapter.rank: got 0. Allowed: 'full' or 'out' or greater than 0"]),
@@ -189,11 +189,38 @@ def test_a_recipe_that_is_not_there(name: str, says: str) -> None:
     assert says in str(caught.value)
 
 
-def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_bytes(b"a: \xff\n")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: 1\nb: \xff\n", r"r\.yaml:2: a recipe cannot be read: it is not UTF-8 \(byte 0xff\)\. Save it as UTF-8"),
+        ("model: {name: x}".encode("utf-16"), r"r\.yaml:1: .* it is UTF-16\. Save it as UTF-8"),
+    ],
+)
+def test_a_recipe_that_is_not_text(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
 
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match=says):
         read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_model_beside_a_recipe_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("model", "project/owner/tuned"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "project" / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    for name, found in (
+        ("../model", str(tmp_path / "model")),
+        ("owner/tuned", str(tmp_path / "project/owner/tuned")),
+        ("results", "results"),  # a folder, but no model
+        ("../other", "../other"),
+        ("owner/name", "owner/name"),
+    ):
+        (tmp_path / "project" / "r.yaml").write_text(f"model: {{name: {name}}}\n", encoding="utf-8")
+        assert read_recipe(str(tmp_path / "project" / "r.yaml")).values["model"]["name"] == found
+    (tmp_path / "project" / "r.yaml").write_text(f"model: {{name: {'x' * 5000}}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="File name too long"):
+        read_recipe(str(tmp_path / "project" / "r.yaml"))
 
 
 def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
