@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.data.dataset import DataSet, Split
-from mirrortune.data.files.arrow import cells
+from mirrortune.data.files.arrow import cells, refuse_unreadable
 from mirrortune.data.labels import as_name
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError, did_you_mean
@@ -98,7 +98,7 @@ class RowAdapters:
         """Return the name of each row's adapter, or None for the base model.
 
         Raises:
-            DataError: see :meth:`check`.
+            DataError: see :meth:`check`; also if the column cannot be read, such as one of mixed types.
         """
         table = rows.table
         if self._column not in table.column_names:
@@ -106,6 +106,7 @@ class RowAdapters:
                 rows.source, f"it has no column '{self._column}'.{did_you_mean(self._column, table.column_names)}",
                 allowed=", ".join(table.column_names), fix="Name the column of adapters with --adapter-column",
             )  # fmt: skip
+        refuse_unreadable(table, [self._column])  # its cells are null, and the base model would answer all rows
         names = [as_name(value) for value in cells(table, self._column)]
         strange: dict[str | None, list[int]] = {}
         for row, name in enumerate(names):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from mirrortune.data.dataset import Split
-from mirrortune.inference.bank_answers import BankAnswers, Reader
+from mirrortune.data.files.readers import read_table
+from mirrortune.errors import DataError
+from mirrortune.inference.bank_answers import BankAnswers, Reader, RowAdapters
 from mirrortune.tasks.base import task_class
 
 
@@ -39,3 +42,13 @@ def test_rows_of_tasks_with_several_formats_are_grouped(monkeypatch: pytest.Monk
 
     assert found == {"prediction": [0, 1, 2, 3]}
     assert groups == [[0, 2], [1, 3]]
+
+
+def test_a_column_of_adapters_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """Its cells are null, and the base model would answer rows that name adapters."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"shop": 7, "text": "a"}\n{"shop": "8", "text": "b"}\n', encoding="utf-8")
+    adapters = object.__new__(RowAdapters)
+    adapters._column, adapters.bank = "shop", SimpleNamespace(names=["7", "8"])  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        adapters.names_of(Split(table=read_table(path), source="rows.jsonl"))
