@@ -63,7 +63,8 @@ def open_weights(name: str, revision: str | None, beneath: Weights | None = None
         if path.is_file() and path.suffix == ".safetensors":
             return StoredWeights.of_files(name, [path])
         if not path.is_dir():
-            raise ConfigError(name, "no such folder", fix="Check the path")
+            moved = "An adapter names it as its base; if it has moved, give both: mirrortune analyze BASE ADAPTER"
+            raise ConfigError(name, "no such folder", fix=moved if is_base else "Check the path")
         file, adapter, others = _finder(path), find_adapter(str(path)), sorted(path.glob("*.safetensors"))
     else:
         file, others = _hub_finder(name, revision), []

@@ -145,7 +145,8 @@ def find_model(
     if is_folder:
         folder = Path(location)
         if not folder.is_dir():
-            raise ConfigError("model.name", f"no such folder: {location}", fix="Check the path given to --model")
+            fix = "Check the path; if the model has moved, give its place with --model"
+            raise ConfigError("model.name", f"no such folder: {location}", fix=fix)
         if gguf_file and not (folder / gguf_file).is_file():
             raise ConfigError(
                 "model.name", f"no such file: {folder / gguf_file}", fix="Check the path given to --model"

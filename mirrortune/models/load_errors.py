@@ -9,6 +9,7 @@ import os
 import pickle
 import shlex
 import struct
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -92,12 +93,16 @@ def damage_errors(
 
     Raises:
         ConfigError: the block raised such an exception; the error names the model.
+        ResourceError: Python runs with -OO, under which transformers cannot import models.
     """
     try:
         yield
     except _DAMAGE as error:
         if trust_remote_code:
             raise
+        if sys.flags.optimize > 1:
+            problem, fix = "transformers needs the docstrings of models", "Start it without -OO and PYTHONOPTIMIZE=2"
+            raise ResourceError("python -OO", problem, fix=fix) from error
         said = str(error).strip().split("\n")[0][:200]
         raise ConfigError(
             f"model '{name}'", f"{what} ({type(error).__name__}: {said})", fix="Download or copy it again"

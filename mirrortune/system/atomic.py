@@ -278,11 +278,13 @@ def cannot_write(path: Path, error: Exception) -> ResourceError:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # An exception of safetensors has the error number only in its text.
     is_full = getattr(error, "errno", None) in full or any(f"(os error {n})" in str(error) for n in full)
+    is_denied = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM)
+    first = "Free space or choose" if is_full else "Permit it or choose" if is_denied else "Choose"
     is_cached = path.absolute().is_relative_to(cache_folder())
     return ResourceError(
         str(path),
         f"cannot be written ({'the disk is full' if is_full else error})",
-        fix=f"Free space or choose another place with {'MIRRORTUNE_CACHE' if is_cached else '-o'}",
+        fix=f"{first} another place with {'MIRRORTUNE_CACHE' if is_cached else '-o'}",
     )
 
 

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,12 +87,15 @@ def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Read the headers of safetensors files and return their tensors by name, in the order of the files.
 
     Raises:
-        ConfigError: a file is missing or damaged, or two files hold a tensor of the same name.
+        ConfigError: a file is missing, damaged or may not be read, or two files hold a tensor of the same name.
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
         try:
             own = _read_header(path)
+        except PermissionError as error:
+            fix = f"Permit it: chmod u+r {shlex.quote(str(path))}"
+            raise ConfigError(str(path), "it may not be read (permission denied)", fix=fix) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problem = f"missing or damaged ({type(error).__name__}: {error})"
             raise ConfigError(str(path), problem, fix="Download or copy the checkpoint again") from error

@@ -232,6 +232,8 @@ def test_bad_input_is_answered_in_words(done: Checkpoints, tmp_path: Path) -> No
     assert "no such folder" in complaint("./nowhere", done.tuned).said
     assert "no such folder" in complaint(done.base, "./nowhere").said
     assert "Give both: mirrortune analyze BASE TUNED" in complaint(done.base).said
+    moved = adapt().save(tmp_path / "adapter", name=str(tmp_path / "moved"))
+    assert "if it has moved, give both: mirrortune analyze BASE ADAPTER" in complaint(moved).said
     assert "matches none of the 13" in complaint(done.base, done.tuned, "--target-modules", "q_proj").said
     assert "not a regular expression" in complaint(done.base, done.tuned, "--target-modules", "(").said
     wide = write_tiny_model(tmp_path / "wide", hidden_size=48, intermediate_size=96)

@@ -470,7 +470,7 @@ BAD: dict[str, Bad] = {
     ),
     # Models.
     "no such model folder": setting(
-        "-m ./nowhere", "model.name: no such folder: ", "nowhere", "Check the path given to --model"
+        "-m ./nowhere", "model.name: no such folder: ", "nowhere", "Check the path; if the model has moved, give its"
     ),
     "folder without a model": Bad(
         "+ -m theirs", 2, ("holds no config.json. Allowed: a folder in the Hub's layout.",), change=fill("theirs")

@@ -6,14 +6,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from mirrortune.errors import ConfigError
-from mirrortune.models.load_errors import load_errors, quiet
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.models import load_errors as module
+from mirrortune.models.load_errors import damage_errors, load_errors, quiet
 
 
 def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +50,13 @@ def test_progress_bars_are_afterwards_as_before(is_on: bool, monkeypatch: pytest
         assert are_progress_bars_disabled()
     assert bars.is_progress_bar_enabled() is is_on
     assert are_progress_bars_disabled() is not is_on
+
+
+def test_python_without_docstrings_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With -OO, transformers fails on the docstrings of its own models."""
+    monkeypatch.setattr(module, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with (
+        pytest.raises(ResourceError, match=r"python -OO: .* Start it without -OO"),
+        damage_errors("tiny", trust_remote_code=False),
+    ):
+        raise ValueError("No `Args` or `Parameters` section is found in the docstring of `BaseModelOutput`.")

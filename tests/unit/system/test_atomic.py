@@ -234,7 +234,12 @@ def test_a_cache_that_cannot_be_written_is_moved_by_its_own_variable(
     monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path))
     for path in (tmp_path, tmp_path / "tokens" / "a"):
         error = cannot_write(path, PermissionError(errno.EACCES, "Permission denied"))
-        assert str(error).endswith("Free space or choose another place with MIRRORTUNE_CACHE.")
+        assert str(error).endswith("Permit it or choose another place with MIRRORTUNE_CACHE.")
+
+
+def test_advice_fits_the_reason() -> None:
+    error = cannot_write(Path("a"), OSError(errno.EIO, os.strerror(errno.EIO)))
+    assert str(error) == "a: cannot be written ([Errno 5] Input/output error). Choose another place with -o."
 
 
 def test_what_is_replaced_may_be_private_and_makes_nothing_public(tmp_path: Path) -> None:

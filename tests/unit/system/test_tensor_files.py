@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mirrortune.errors import ConfigError
+from mirrortune.system import tensor_files
 from mirrortune.system.tensor_files import (
     DTYPE_CODES,
     INDEX,
@@ -102,6 +104,15 @@ def test_a_damaged_header_is_refused_or_harmless(
 def test_hostile_headers_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(ConfigError, match="missing or damaged"):
+        read_headers([tmp_path / "x.safetensors"])
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may read every file
+
+    monkeypatch.setattr(tensor_files, "_read_header", refuse)
+    with pytest.raises(ConfigError, match=r"it may not be read \(permission denied\)\. Permit it: chmod u\+r"):
         read_headers([tmp_path / "x.safetensors"])
 
 
