@@ -40,7 +40,7 @@ from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, device_error
-from mirrortune.system.console import Reporter, describe_metrics
+from mirrortune.system.console import Reporter, describe_metrics, keep_standard_files
 from mirrortune.system.paths import local_path, shown_path, table_suffix
 
 if TYPE_CHECKING:
@@ -334,6 +334,7 @@ app.add_typer(recipes, name="recipes")
 
 def main() -> None:
     """Run ``mirrortune`` or ``python -m mirrortune``, and close the connections to the other processes of a run."""
+    keep_standard_files()
     try:
         app()
     except SystemExit as ended:  # raised on success, too; after other exceptions, peers may still wait for this process

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,8 +54,69 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def keep_standard_files() -> None:
+    """Open the null device in place of closed standard files, whose numbers the next files would get.
+
+    Libraries would otherwise write their warnings into a checkpoint.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
+class _Lossy:
+    """A text file whose content is dropped from the first failure to write on."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self._file.write(text)
+        except OSError:
+            _drop_unwritten(self._file)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the file, or drop what is unwritten."""
+        try:
+            self._file.flush()
+        except OSError:
+            _drop_unwritten(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Notes(Console):
+    """A console on standard error.
+
+    A full disk of its log, a terminal that is gone or a ``tee`` that has ended must not end a run of days, whose log is
+    in its folder.
+    """
+
+    @property
+    def file(self) -> IO[str]:
+        """The file that is written."""
+        lossy: Any = _Lossy(super().file)
+        return cast(IO[str], lossy)
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+
+def _drop_unwritten(file: Any) -> None:
+    """Redirect a file that cannot be written to the null device: Python would try, and fail, again at exit."""
+    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), file.fileno())
+
+
 def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    console = (_Notes if stderr else Console)(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
     if console.width < 1:  # with COLUMNS=0 nothing would be shown
         console.width = 80
     return console
@@ -86,9 +147,7 @@ def _written_out() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Discard what is unwritten: Python would try to write it, and fail, again at exit.
-        with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _drop_unwritten(sys.stdout)
         problem = f"the result cannot be written ({error.strerror})"
         fix = "Free space on its disk, or send it elsewhere"
         raise ResourceError("standard output", problem, fix=fix) from error

@@ -7,8 +7,12 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +224,39 @@ def test_a_result_that_cannot_be_written_is_said(*, as_json: bool, monkeypatch: 
         monkeypatch.setattr("sys.stdout", full)
         with pytest.raises(ResourceError, match="standard output: the result cannot be written"):
             Reporter(as_json=as_json).result({"a": 1}, ["a 1"])
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_notes_that_cannot_be_written_do_not_end_a_run(*, is_broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of a log is full, or the ``tee`` of a run has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    place: Any = writing if is_broken else "/dev/full"
+    with open(place, "w", buffering=1, encoding="utf-8") as file:  # noqa: PTH123
+        monkeypatch.setattr("sys.stderr", file)
+        reporter = Reporter()
+        reporter.note("a note\n" * 1000, has_lines=True)
+        reporter.error("an error")
+        with reporter.training() as progress:
+            progress.on_start(2, 0)
+            progress.on_log({"event": "train", "step": 1, "epoch": 0.5, "loss": 1.0})
+        with reporter.bar("rows", 1) as bar:
+            bar.advance()
+
+
+def test_files_never_get_the_number_of_a_closed_standard_file(tmp_path: Path) -> None:
+    """Libraries write their warnings to file 2, whatever it is."""
+    opened = tmp_path / "opened"
+    program = (
+        "from mirrortune.system.console import keep_standard_files\nkeep_standard_files()\n"
+        f"file = open({str(opened)!r}, 'w')\nfile.write(str(file.fileno()))"
+    )
+    subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program],
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert int(opened.read_text(encoding="utf-8")) > 2
 
 
 def test_a_terminal_without_columns_shows_results(
