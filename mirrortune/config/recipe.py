@@ -197,8 +197,8 @@ def override_layer(assignments: list[str], errors: list[ConfigError] | None = No
         errors: list to which errors are appended; None to raise them.
 
     Raises:
-        ConfigError: a value is invalid YAML, a key is set twice, or a key is both a value and a section; all errors are
-            reported together.
+        ConfigError: a value is empty or invalid YAML, a key is set twice, or a key is both a value and a section; all
+            errors are reported together.
     """
     values: dict[str, Any] = {}
     flags: dict[tuple[str, ...], str] = {}
@@ -207,6 +207,8 @@ def override_layer(assignments: list[str], errors: list[ConfigError] | None = No
         key, _, text = word.partition("=")
         path = tuple(key.replace("-", "_").split("."))
         try:
+            if not text.strip():  # such as an unset variable of a shell
+                raise ConfigError(f"'{word}'", "it has no value", fix="Give one, or leave the word out")
             if path in flags:
                 raise ConfigError(f"'{word}'", f"{flags[path]} sets the same", fix="Keep one of them")
             _set(values, path, strict_yaml.parse_scalar(text, f"'{word}'"), f"'{word}'")

@@ -194,6 +194,7 @@ BAD: dict[str, Bad] = {
     "setting of the wrong type": setting("train.epochs=many", "'train.epochs=many': got 'many'. Allowed: number."),
     "switch in words of YAML 1.1": setting("train.compile=on", "got 'on'. Allowed: true or false."),
     "setting of null": setting("train.epochs=null", "got null. Allowed: number."),
+    "setting of an unset variable": setting("train.max_steps=", "'train.max_steps=': it has no value. Give one"),
     "setting that is no YAML": setting("train.lr=[1", "'train.lr=[1'", "not valid YAML"),
     "section set as a value": setting("model=5", "'model=5': got 5. Allowed: a section, such as model: {name: ...}"),
     "share above one": setting("data.validation_fraction=1.5", "got 1.5. Allowed: less than 1."),
