@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter
-from mirrortune.system.paths import local_path
+from mirrortune.system.paths import local_path, shell_word
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -101,7 +100,7 @@ def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
 
     if isinstance(verdict, verify.Verification):
         said = f"merged into {output_dir}, verified: {verdict.describe()}"
-        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+        return [said, "", f"score it: mirrortune eval {shell_word(output_dir)}"]
     if isinstance(verdict, lora.GgufExport):
         return [f"LoRA adapter {output_dir}/{gguf.FILE}, verified: {verdict.describe()}"]
     lines = [f"LoRA adapter in {output_dir}, verified: {verdict.describe()}"]

@@ -15,7 +15,7 @@ import typer
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter, describe_metrics, kilobytes, significant
-from mirrortune.system.paths import local_path
+from mirrortune.system.paths import local_path, shell_word
 
 
 def report(
@@ -114,8 +114,8 @@ def train_lines(result: Any) -> list[str]:
         f"{result.trainable_parameters:,} trainable parameters ({kilobytes(4 * result.trainable_parameters)}){head}",
         f"trained in {significant(result.train_seconds)} s at {speed}; {memory}",
         "",
-        f"score it:  mirrortune eval {shlex.quote(run)}",
-        f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
+        f"score it:  mirrortune eval {shell_word(run)}",
+        f"export it: mirrortune merge {shell_word(run)} -o {shell_word(merged)}",
     ]
 
 

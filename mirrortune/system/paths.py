@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import stat
 import sys
 from dataclasses import dataclass
@@ -158,6 +159,11 @@ def is_debris(below: str) -> bool:
 def shown_path(path: str) -> str:
     r"""Return a path as valid UTF-8 text; undecodable bytes are shown as ``\xff``."""
     return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
+
+
+def shell_word(path: str) -> str:
+    """Return a path as a word of a shell command that names it, and is no option if it begins with ``-``."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 def is_pattern(name: str) -> bool:

@@ -20,6 +20,7 @@ from mirrortune.system.paths import (
     hub_place,
     looks_like_path,
     package_folder,
+    shell_word,
     shipped_folder,
 )
 
@@ -160,3 +161,8 @@ def test_what_the_user_put_on_the_path_is_still_imported(tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), os.environ.get("PYTHONPATH", "")]))
     assert version(tmp_path).returncode == 0
     assert (tmp_path / "ran").exists()
+
+
+def test_suggested_commands_name_folders_that_look_like_options() -> None:
+    found = [shell_word(path) for path in ("runs/a", "-r1", "two words", "-a b")]
+    assert found == ["runs/a", "./-r1", "'two words'", "'./-a b'"]
