@@ -246,12 +246,13 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 @contextlib.contextmanager
 def weights_kept(model: nn.Module) -> Iterator[None]:
-    """Compute the adapted weights of dense layers once while the block runs, in which nothing is trained.
+    """Compute the adapted weights of dense layers, and the cores' coefficients of others, once while the block runs, in
+    which nothing is trained.
 
-    Otherwise every call of the model computes them, which for the single token of a step of generation takes far longer
-    than the layer itself. They take as much memory as the weights of these layers.
+    Otherwise every call of the model computes them, which for the single token of a step of generation can take far
+    longer than the layer itself. The weights take as much memory as those of these layers, coefficients little.
     """
-    found = [module for module in model.modules() if isinstance(module, SpectralWeight)]
+    found = [module for module in model.modules() if isinstance(module, (SpectralLinear, SpectralWeight))]
     try:
         for spectral in found:
             spectral.keep(kept=True)

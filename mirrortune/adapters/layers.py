@@ -17,11 +17,10 @@ import torch.nn.functional as F  # noqa: N812  (its usual name)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.core import Coefficients, Core
 from mirrortune.adapters.kinds import CallableKind, Linear, no_view
-from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.layout import Layout, LazyTensor
 from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import ConfigError
@@ -96,6 +95,7 @@ def delta_weight(factors: Factors, core: Core) -> Tensor:
 
 
 _LINEAR = Linear()
+Side = Literal["output", "input"]
 _EXACT = (torch.float32, torch.float64)
 # Largest ratio of singular values for which a core may act on one side of the weight: at most five bits are lost.
 _LARGEST_RATIO = 32
@@ -139,6 +139,7 @@ class SpectralLinear(Spectral):
                 fix="Use --rank full or adapter.strategy=branch",
             )
         self.cheaper_side = self._find_cheaper_side(weight) if self.strategy == "branch" else None
+        self._held: dict[Any, tuple[Side | None, Coefficients]] | None = None
         if self.strategy == "factored":
             # The factors replace the weight, so the weight need not move to the device of the model.
             del base_layer.weight
@@ -150,7 +151,9 @@ class SpectralLinear(Spectral):
 
         Reading only its shape, dtype or device costs nothing; W' is computed when its values are used.
         """
-        return self.adapted_weight() if torch.compiler.is_compiling() else _AdaptedWeight.of(self)
+        if torch.compiler.is_compiling():
+            return self.adapted_weight()
+        return LazyTensor.of(self.layout.shape, self.U.detach(), self.adapted_weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -178,10 +181,9 @@ class SpectralLinear(Spectral):
         side = self.cheaper_side if is_fused and dtype in _EXACT else None
         if side == "input" and torch.is_grad_enabled() and not x.requires_grad:
             side = None  # acting on one side would need the gradient of the input to compute that of the core
-        relative = self.core.relative_coefficients(side) if side else None
-        coefficients = relative or self.core.coefficients(delta=is_branch)
+        side, coefficients = self._coefficients(side)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            if side and relative:
+            if side:
                 product = one_sided_product(given, base, U if side == "output" else Vh, side, self.core, coefficients)
             elif is_fused:
                 product = added_product(given, base, U, Vh, self.core, coefficients)
@@ -196,8 +198,25 @@ class SpectralLinear(Spectral):
         output = self.kind.output(base, product)
         return base(x) + output if is_branch else output
 
+    def _coefficients(self, side: Side | None) -> tuple[Side | None, Coefficients]:
+        """Return the side on which the core acts alone, None if on both, and its coefficients there."""
+        if self._held is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            key = (side, self.U.device, torch.is_autocast_enabled(self.U.device.type))
+            if key not in self._held:
+                self._held[key] = self._computed(side)
+            return self._held[key]
+        return self._computed(side)
+
+    def _computed(self, side: Side | None) -> tuple[Side | None, Coefficients]:
+        relative = self.core.relative_coefficients(side) if side else None
+        return (side, relative) if relative else (None, self.core.coefficients(delta=self.strategy == "branch"))
+
+    def keep(self, *, kept: bool) -> None:
+        """If ``kept``, hold the core's coefficients over many calls, between which nothing is trained; or drop them."""
+        self._held = {} if kept else None
+
     @torch.no_grad()
-    def _find_cheaper_side(self, weight: Tensor) -> Literal["output", "input"] | None:
+    def _find_cheaper_side(self, weight: Tensor) -> Side | None:
         """Return the side with fewer features if acting on that side alone is exact up to rounding error, else None.
 
         This requires exact factors of this weight and singular values of similar size; otherwise the rounding errors of
@@ -207,7 +226,7 @@ class SpectralLinear(Spectral):
         is_plain = type(self.kind) is Linear and weight.dtype in _EXACT and weight.shape == self.layout.matrix_shape
         if not is_plain or weight.is_meta or S.is_meta or self.out_features == self.in_features:
             return None
-        side: Literal["output", "input"] = "output" if self.out_features < self.in_features else "input"
+        side: Side = "output" if self.out_features < self.in_features else "input"
         if S.min() * _LARGEST_RATIO <= S.max() or self.core.relative_coefficients(side) is None:
             return None
         probes = torch.randn(self.rank, 8, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -238,39 +257,6 @@ class SpectralLinear(Spectral):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"rank={self.rank}, strategy={self.strategy}"
-
-
-class _AdaptedWeight(Tensor):
-    """A lazily computed W': it has the shape, dtype and device of W', and any operation on it computes W'."""
-
-    layer: SpectralLinear
-
-    @classmethod
-    def of(cls, layer: SpectralLinear) -> _AdaptedWeight:
-        """Create the lazy weight of ``layer``."""
-        outline = layer.U.detach().new_empty(1).expand(layer.layout.shape)  # takes no memory
-        weight = outline.as_subclass(cls)
-        weight.layer = layer
-        return weight
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer operations on metadata without W', and compute W' for all others."""
-        if func in _OUTLINE:
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        given = tree_map(
-            lambda a: a.layer.adapted_weight() if isinstance(a, _AdaptedWeight) else a, (args, kwargs or {})
-        )
-        return func(*given[0], **given[1])
-
-
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_sparse",
-               "is_quantized", "is_nested", "names", "itemsize", "nbytes")  # fmt: skip
-_OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)} | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.get_device, Tensor.__len__,
-}  # fmt: skip
-"""Operations that do not need the values of W'."""
 
 
 class SpectralWeight(Spectral):
@@ -305,7 +291,7 @@ class SpectralWeight(Spectral):
             self._held = {} if held else None
 
     def keep(self, *, kept: bool) -> None:
-        """If ``kept``, hold W' over many calls of the model, between which nothing is trained; else drop it."""
+        """If ``kept``, hold W' over many calls of the model, between which nothing is trained; or drop them."""
         self._is_kept, self._held = kept, {} if kept else None
 
     def extra_repr(self) -> str:
@@ -364,7 +350,7 @@ def added_product(x: Tensor, base: nn.Module, U: Tensor, Vh: Tensor, core: Core,
 
 
 def one_sided_product(
-    x: Tensor, base: nn.Module, basis: Tensor, side: Literal["output", "input"], core: Core, coefficients: Coefficients
+    x: Tensor, base: nn.Module, basis: Tensor, side: Side, core: Core, coefficients: Coefficients
 ) -> Tensor:
     """Return (1 + U M U^T) W x + b, or W (1 + V M V^T) x + b, shape (..., O), for a frozen ``nn.Linear``.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe how a weight tensor stores matrices: orientation, stacks, parts of fused layers.
+"""Describe how a weight tensor stores matrices: orientation, stacks, parts of fused layers; lazily computed tensors.
 
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups).
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,3 +112,33 @@ class Layout:
         ends = list(itertools.accumulate(size * unit for size in sizes))
         parts = [Rows(repeat=repeat, start=s, stop=e, period=ends[-1]) for s, e in zip([0, *ends], ends, strict=False)]
         return [replace(self, rows=rows, out_features=rows.count) for rows in parts]
+
+
+class LazyTensor(Tensor):
+    """A tensor whose values are computed when an operation needs them; its shape, dtype and device are known before."""
+
+    compute: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], like: Tensor, compute: Callable[[], Tensor]) -> LazyTensor:
+        """Create one of ``shape`` with the dtype and device of ``like``; ``compute`` returns it."""
+        lazy = like.new_empty(1).expand(shape).as_subclass(cls)  # takes no memory
+        lazy.compute = compute
+        return lazy
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer operations on metadata at once, and compute the values for all others."""
+        if func in _OUTLINE:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        given = tree_map(lambda a: a.compute() if isinstance(a, LazyTensor) else a, (args, kwargs or {}))
+        return func(*given[0], **given[1])
+
+
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_sparse",
+               "is_quantized", "is_nested", "names", "itemsize", "nbytes")  # fmt: skip
+_OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.get_device, Tensor.__len__,
+}  # fmt: skip
+"""Operations that do not need the values of a tensor."""

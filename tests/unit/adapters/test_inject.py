@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,6 @@ from mirrortune.adapters.inject import (
     trainable_parameters,
     weights_kept,
 )
-from mirrortune.adapters.layers import Spectral
 from mirrortune.adapters.spec import AdapterSpec, check_asked, check_spec, make_pairs, unused_layer_settings
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
@@ -360,8 +360,19 @@ def test_a_float64_model_is_adapted_in_float64(method: str, strategy: str) -> No
     torch.testing.assert_close(outputs[torch.float64].float(), outputs[torch.float32], rtol=1e-4, atol=1e-5)
 
 
-def test_kept_weights_are_computed_once_and_dropped_when_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = attach(tiny_causal(), AdapterSpec(strategy="dense")).eval()
+@pytest.mark.parametrize(
+    ("spec", "computed"),
+    [
+        (AdapterSpec(strategy="dense"), "mirrortune.adapters.layers.Spectral.adapt"),
+        (AdapterSpec(strategy="factored"), "mirrortune.adapters.cores.givens.Givens.coefficients"),
+        (AdapterSpec(method="psoft", rank=4), "mirrortune.adapters.cores.psoft.Psoft.turned"),
+    ],
+)
+def test_kept_weights_are_computed_once_and_dropped_when_training_goes_on(
+    spec: AdapterSpec, computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of dense layers, and coefficients of others."""
+    model = attach(tiny_causal(), spec).eval()
     layers = spectral_layers(model)
     for number, layer in enumerate(layers.values()):
         train_a_little(layer.core, number)
@@ -369,8 +380,13 @@ def test_kept_weights_are_computed_once_and_dropped_when_training_goes_on(monkey
     write = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
              "return_dict_in_generate": True, "pad_token_id": 0}  # fmt: skip
     expected = model.generate(ids, **write)  # type: ignore[operator]
-    adapt, calls = Spectral.adapt, []
-    monkeypatch.setattr(Spectral, "adapt", lambda own, *given: calls.append(own) or adapt(own, *given))
+    compute, calls = pkgutil.resolve_name(computed), []
+
+    def counted(own: object, *given: object, **named: object) -> object:
+        calls.append(own)
+        return compute(own, *given, **named)
+
+    monkeypatch.setattr(computed, counted)
 
     with torch.no_grad(), weights_kept(model):
         found = model.generate(ids, **write)  # type: ignore[operator]
