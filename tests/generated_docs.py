@@ -31,6 +31,7 @@ from tests.cli.console import mirrortune
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "bench" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_LONG_COMMAND = re.compile(r" ?`(mirrortune [^`]{200,})`")
 _PART = re.compile(r"(<!-- generated: (\S+)(.*?) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -127,11 +128,30 @@ def method_options() -> str:
     return table(("option", "methods", "value", "default"), rows)
 
 
-def results(name: str) -> str:
-    """What a bench or a comparison wrote, without its headings."""
+def results(name: str, table: str = "") -> str:
+    """What a bench or a comparison wrote, without its headings; long commands are folded away at the end.
+
+    Args:
+        name: folder or file of the results.
+        table: number of one table, from 0; all by default.
+    """
     path = RESULTS / name
     text = (path / "table.md" if path.is_dir() else path).read_text(encoding="utf-8")
-    return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+    if table:
+        starts = [found.start() for found in re.finditer(r"(?<!\|\n)^\|", text, flags=re.MULTILINE)]
+        text = text[starts[int(table)] : [*starts, len(text)][int(table) + 1]].strip()
+    commands = _LONG_COMMAND.findall(text)
+    if not commands:
+        return text
+    text = re.sub(r"\n{3,}", "\n\n", _LONG_COMMAND.sub("", text)).strip()
+    return f"{text}\n\n{folded('Commands' if len(commands) > 1 else 'Command', commands)}"
+
+
+def folded(summary: str, commands: Sequence[str]) -> str:
+    """Commands that a page shows on a click."""
+    lines = "\n".join(commands)
+    return f"<details>\n<summary>{summary}</summary>\n\n```sh\n{lines}\n```\n\n</details>"
 
 
 def figures(name: str) -> str:
@@ -201,7 +221,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
 
 
 def draw_figure() -> None:
-    """The README's figure: score against trained numbers, from a kept comparison."""
+    """The README's figure: score against trainable parameters, from a kept comparison."""
     found = json.loads((RESULTS / "movie-sentences" / "results.json").read_text(encoding="utf-8"))
     (task,) = found["tasks"].values()
     task["methods"] = {name.partition(":lr=")[0]: method for name, method in task["methods"].items()}

@@ -192,7 +192,7 @@ def _captured(analysis: Analysis) -> Drawing:
                 curve.parameters, [100 * v for v in curve.captured], label=name, marker=MARKERS[place % len(MARKERS)],
                 color=COLOURS[place % len(COLOURS)], linestyle=DASHES[place // len(COLOURS)], markersize=4,
             )  # fmt: skip
-        axes.set(xscale="log", xlabel="trained numbers, all matrices together")
+        axes.set(xscale="log", xlabel="trainable parameters, all matrices together")
         best = max(max(c.captured) for c in shown.values())
         axes.set(yscale="log", ylim=(max(0.01, 100 * min(max(c.captured) for c in shown.values()) / 30), 130 * best))
         axes.set(ylabel="share of the change's energy captured (%)")

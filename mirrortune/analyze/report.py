@@ -41,7 +41,7 @@ def terminal_lines(analysis: Analysis) -> list[str]:
             lines += [f"  {_holds(claim.holds)}: {claim.text} ({_percent(claim.agreeing)} of matrices)",
                       f"      {claim.evidence}"]  # fmt: skip
     if analysis.curves:
-        lines += ["", "How much of the change each method could have made at most, by trained numbers:"]
+        lines += ["", "How much of the change each method could have made at most, by trainable parameters:"]
         lines += _method_table(analysis).lines()
     return [*lines, *_left_out(analysis)]
 

@@ -171,7 +171,7 @@ def prepare(
     result = preparing.prepare(resolved, reporter, dry_run=dry_run, show=show)
     factorised = f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s"
     lines = [
-        f"{result.targets} layers, {result.trainable_parameters:,} trained numbers{besides_head(result)}",
+        f"{result.targets} layers, {result.trainable_parameters:,} trainable parameters{besides_head(result)}",
         *([factorised] if any(result.svd_cache.values()) else []),
         "  ".join(f"{name} {counted(count, 'row')}" for name, count in result.rows.items()),
     ]
@@ -209,7 +209,9 @@ def train(
         plan = preparing.prepare(resolved, reporter, dry_run=True)
         reporter.result(
             plan.summary(),
-            [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers{besides_head(plan)}"],
+            [
+                f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} parameters{besides_head(plan)}"
+            ],
         )
         return
     result = training.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)

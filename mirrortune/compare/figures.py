@@ -75,14 +75,16 @@ def _by_size(tasks: dict[str, Any]) -> Drawing:
                     axis.axhline(score["mean"], linestyle="--", **style)
                 else:
                     axis.errorbar(size, score["mean"], yerr=score["std"], fmt=marker, capsize=3, **style)
-            axis.set(xlabel="trained numbers besides the head", ylabel=f"{found['metric']}, {split}", title=task)
+            axis.set(
+                xlabel="trainable parameters, task head excluded", ylabel=f"{found['metric']}, {split}", title=task
+            )
             _by_decades(axis)
             legend_beside(axis)
             tidy(axis)
 
     caption = (
-        "Score (mean and standard deviation) against trained numbers besides the head, on a logarithmic axis; "
-        "a method that trains none besides the head is a dashed line."
+        "Score (mean and standard deviation) against trainable parameters, task head excluded, on a logarithmic axis; "
+        "a method that trains only the head is a dashed line."
     )
     return Drawing(name="score_by_trained_numbers", caption=caption, size=(6.2 * len(tasks), 3.8), draw=draw)
 

@@ -34,7 +34,9 @@ from mirrortune.tasks.metrics import METRICS, Metric
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
 _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
 _CHOSEN_ON_IT = " (chosen on it)"
-_ON_FEW_SEEDS = "`not significant` is no proof of noise: with few seeds and many methods, the t-test hardly passes"
+_ON_FEW_SEEDS = (
+    "`not significant` does not mean equal: with few seeds and many methods, the corrected t-test has little power"
+)
 
 
 def compare(
@@ -133,7 +135,7 @@ def _begun(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _scores_table(found: dict[str, Any]) -> Table:
     splits, reference = found["splits"], found["reference"]
     head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
-            "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
+            "trainable parameters", "adapter", "step", "peak memory"]  # fmt: skip
     return Table(head, [_row(label, m, found, splits) for label, m in found["methods"].items() if m["seeds"]])
 
 
@@ -198,8 +200,8 @@ def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     if not found["metric"]:  # all runs diverged
         return ""
     return (
-        f"What chose the learning rates (* is the chosen one): {found['metric']}, and the loss, on the rows for "
-        f"choosing; mean over {count} seed{'s' * (count != 1)}."
+        f"Choice of the learning rate (* marks the chosen one): {found['metric']}, and the loss in parentheses, on the "
+        f"rows used for choosing; mean over {counted(count, 'seed')}."
     )
 
 
@@ -239,20 +241,20 @@ def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
 def _tested(found: dict[str, Any], seeds: int) -> str:
     """Describe how the methods are tested against the reference."""
     if seeds == 1:
-        return f"Difference to `{found['reference']}`; it is not tested with one seed"
+        return f"Difference from `{found['reference']}`, not tested: that takes more than one seed"
     if found["splits"][-1] not in found["tests"]:
         return f"No method is tested against `{found['reference']}`, which lacks results of some seeds"
     t_test, tests = "a paired t-test over seeds (Holm, p < 0.05)", found["tests"].get(found["splits"][-1], [])
     if tests and all(test["low"] is None for test in tests):
         what = "probabilities" if METRICS[found["metric"]].takes_probabilities else "predictions"
         return (
-            f"Difference to `{found['reference']}`; it counts as better or worse if {t_test} says so, which holds the "
-            "chance of the seeds but not that of the rows: they are not resampled, because these runs keep no "
-            f"{what} of them; {_ON_FEW_SEEDS}"
+            f"Difference from `{found['reference']}`; a method counts as better or worse if {t_test} is significant. "
+            "The test covers the variance between seeds but not between rows, which are not resampled because these "
+            f"runs keep no {what}; {_ON_FEW_SEEDS}"
         )
     return (
-        f"Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
-        f"it counts as better or worse if that interval and {t_test} both say so; {_ON_FEW_SEEDS}"
+        f"Difference from `{found['reference']}` with its 95% bootstrap interval over seeds and rows; a method counts "
+        f"as better or worse only if the interval excludes zero and {t_test} is significant; {_ON_FEW_SEEDS}"
     )
 
 

@@ -104,8 +104,8 @@ class FinishedRun:
             **({"before training": describe_metrics(r["metrics_before"])} if r.get("metrics_before") else {}),
             **{f"{split} (reported)": describe_metrics(m) for split, m in (r.get("reported") or {}).items()},
             "kept after step": f"{r['best_step']:,}",
-            "trained numbers": f"{r['trainable_parameters']:,}"
-            + (f", and {r['head_parameters']:,} of the head" if r["head_parameters"] else ""),
+            "trainable parameters": f"{r['trainable_parameters']:,}"
+            + (f", plus {r['head_parameters']:,} in the task head" if r["head_parameters"] else ""),
             "adapter": kilobytes(r["adapter_bytes"]),
             "training": f"{r['train_seconds']:,.0f} s, {significant(r['samples_per_second'])} "
             f"{'images' if is_image else 'rows'} per second{tokens}",

@@ -54,7 +54,7 @@ class RunResult(FitResult):
 
     Attributes:
         run_dir: run directory.
-        trainable_parameters: number of trained parameters besides the head.
+        trainable_parameters: number of trainable parameters, excluding the task head.
         head_parameters: number of trained parameters of the head.
         adapter_bytes: size of the adapter's files.
         peak_memory_bytes: peak memory allocated on the GPU, or of the process without a GPU.

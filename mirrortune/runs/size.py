@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         targets: adapted layers, head and skipped layers.
-        trainable_parameters: number of trained parameters besides the head.
+        trainable_parameters: number of trainable parameters, excluding the task head.
         head_parameters: number of trained parameters of the head.
         total_parameters: number of parameters of the model.
         rank: largest number of singular directions used in a layer; 0 without a core.
@@ -66,14 +66,18 @@ class Plan:
         """Describe the plan in lines of text."""
         kinds = Counter(target.kind.name for target in self.targets.layers.values())
         adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
-        head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
-        beside = f", {self.beside_parameters:,} of them chosen by adapter.also_train" if self.beside_parameters else ""
-        beside += f", {self.row_parameters:,} in rows of new tokens" if self.row_parameters else ""
+        head = f", plus {self.head_parameters:,} in the task head" if self.head_parameters else ""
+        counts = [
+            (self.beside_parameters, "chosen by adapter.also_train"),
+            (self.row_parameters, "in embeddings of new tokens"),
+        ]
+        parts = [f"{count:,} {where}" for count, where in counts if count]
+        beside = f", including {' and '.join(parts)}" if parts else ""
         share = percent(self.trainable_parameters / max(1, self.total_parameters))
         return [
             f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
             *_clipped(self.targets.clipped),
-            f"trained numbers: {self.trainable_parameters:,} ({share} of the model){beside}{head}",
+            f"trainable parameters: {self.trainable_parameters:,} ({share} of the model){beside}{head}",
         ]
 
     def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:

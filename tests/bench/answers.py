@@ -132,7 +132,7 @@ def plain(label: str) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """Return the results in Markdown."""
-    lines = ["| task | method | lr | trained numbers | adapter | perplexity | exact match | training |",
+    lines = ["| task | method | lr | trainable parameters | adapter | perplexity | exact match | training |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, task in found.items():
         before = next((own["metrics_before"] for own in task["methods"].values() if own["metrics_before"]), None)
@@ -143,9 +143,12 @@ def table(found: dict[str, Any]) -> str:
             scores = _scores(own["metrics"], task["rows"])
             minutes = f"{own['train_seconds'] / 60:.1f} min"
             lines.append(f"| {name} | `{method}` | {own['lr']:g} | {sizes} | {scores} | {minutes} |")
-    lines += ["", "Exact match, times 100, with its standard error for so many rows; answers' perplexity; "
-              "one seed, the same rows in the same order for every method. mirror-scale and LoRA have chosen between "
-              "two rates by the loss on the commonsense rows that are scored; the others have one rate."]  # fmt: skip
+    lines += [
+        "",
+        "Exact match, times 100, ± its standard error for that number of rows, and perplexity of the reference "
+        "answers. One seed; every method sees the same rows in the same order. mirror-scale and LoRA chose between "
+        "two rates by the loss on the commonsense rows scored here; the others had one rate.",
+    ]
     for name, task in found.items():
         env = task["environment"]
         lines += ["", f"{name}: {task['steps']} steps of 8 rows, {task['rows']} rows answered; {env.get('device')}, "

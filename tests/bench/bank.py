@@ -201,12 +201,13 @@ def table(found: dict[str, Any]) -> str:
     if found["memory"]:
         memory = {name: f"{value / 1e9:.3f} GB" for name, value in found["memory"].items()}
         said = (
-            "1,000 adapters of a BERT-base at full rank: {process} of the process, {tensors} of tensors, {trained} of "
+            "1,000 adapters of a BERT-base at full rank: the process grows by {process}, tensors take {tensors}, of "
+            "which trained parameters {trained}; the shared factors take {factors}."
         )
-        lines += ["", (said + "trained numbers; the factors that all share take {factors}.").format(**memory)]
+        lines += ["", said.format(**memory)]
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines += ["", f"Processor time of {found['rows']} rows in units of the base model's, {found['layers']} layers of a "
-              f"BERT-base, median of {found['turns']} turns. {hardware('cpu')}; {made}."]  # fmt: skip
+    lines += ["", f"CPU time of {found['rows']} rows relative to the base model, {found['layers']} layers of a "
+              f"BERT-base, median of {found['turns']} repetitions. {hardware('cpu')}; {made}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -64,10 +64,13 @@ def table(methods: Scores, chosen: dict[str, float]) -> str:
             cells += [f"{100 * mean(tasks, _TASKS, split):.1f}" if whole else "" for split in (CHOICE, TEST)]
             star = " *" if float(rate) == chosen[method] else ""
             lines.append(f"| `{method}` | {rate}{star} | {' | '.join(cells)} |")
-    lines += ["", "Accuracy, times 100, after 160 steps; mean of three seeds, with the standard deviation on test rows "
-              "(600, 300 and 4,000). * is the rate with the higher mean on the held-out halves (353, 30 and 200 rows) "
-              "of the tasks on which both have run, on which nothing else is decided; the table of real tasks has it. "
-              "torch 2.13.0+cpu."]  # fmt: skip
+    lines += [
+        "",
+        "Accuracy, times 100, after 160 steps: mean of three seeds, with the standard deviation for test rows (600, "
+        "300 and 4,000). * marks the chosen rate, with the higher mean on the held-out halves (353, 30 and 200 rows) "
+        "of the tasks that have both rates; nothing else is chosen on those rows. The table of real tasks shows the "
+        "chosen rates. torch 2.13.0+cpu.",
+    ]
     return "\n".join(lines) + "\n"
 
 

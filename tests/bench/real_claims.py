@@ -58,9 +58,10 @@ def contrasts(found: Found) -> str:
             low, high = tested.confidence_interval()
             mean, p = f"{mean} [{low:+.1f}, {high:+.1f}]", f"{tested.pvalue:.2g}"
         lines.append(f"| `{first}` - `{second}` | {' | '.join(cells)} | {ahead} | {mean} | {p} |")
-    lines += ["", "Differences of scores, times 100, between runs of equal task and seed; (n) seeds. Tasks with "
-              "fewer than three seeds do not count. Mean of tasks: with three tasks or more, its 95% interval and a "
-              "two-sided t-test over the means of tasks, not corrected for the number of contrasts."]  # fmt: skip
+    lines += ["", "Difference in score, times 100, between runs with the same task and seed; (n): number of seeds. "
+              "The last three columns leave out tasks with fewer than three seeds. From three tasks on, the mean over "
+              "tasks has its 95% confidence interval, and p is that of a two-sided t-test over the tasks' means, not "
+              "corrected for the number of contrasts."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -64,7 +64,7 @@ def complete_tasks(found: Found, model: str) -> list[str]:
 
 
 def averages(found: Found, model: str) -> dict[str, tuple[int, float]]:
-    """Return (trained numbers, mean score) of the methods that have finished every complete task of a model."""
+    """Return (trainable parameters, mean score) of the methods that have finished every complete task of a model."""
     tasks = [found[name] for name in complete_tasks(found, model)]
     made = {}
     for method in methods_of(found):
@@ -89,21 +89,23 @@ def table(found: Found) -> str:
     heads = [f"{name}, {_METRICS.get(task['metric'], task['metric'])}" for name, task in found.items()]
     means = {model: averages(found, model) for model in ("text", "images")}
     shown = [model for model, own in means.items() if own]
-    lines = [f"| method | trained numbers | {' | '.join([*heads, *(f'mean, {model}' for model in shown)])} |",
+    lines = [f"| method | trainable parameters | {' | '.join([*heads, *(f'mean, {model}' for model in shown)])} |",
              "|" + "---|" * (2 + len(heads) + len(shown))]  # fmt: skip
     for method in methods_of(found):
         cells = [_cell(task, method) for task in found.values()]
         cells += [f"{100 * means[m][method][1]:.1f}" if method in means[m] else "" for m in shown]
         lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
-    lines += ["", "Mean and standard deviation over 3 seeds, times 100; (n): seeds, where fewer. + or -: better or "
-              "worse than the first method by a paired t-test over seeds (Holm, p < 0.05) and by a bootstrap interval "
-              "over seeds and rows; no mark: within the noise, not significant, which is no proof of noise (with few "
-              "seeds and many methods, the t-test hardly passes), or not tested."]  # fmt: skip
+    lines += ["", "Scores times 100: mean ± standard deviation over 3 seeds, or over (n) where fewer have run. + or -: "
+              "better or worse than the first method, by both a paired t-test over seeds (Holm, p < 0.05) and a "
+              "bootstrap interval over seeds and rows. No mark: not significant, or not tested; with few seeds and "
+              "many methods, the corrected t-test has little power."]  # fmt: skip
     lines += [f"Mean, {model}: over {', '.join(complete_tasks(found, model))}." for model in shown]
+    lines += ["", "| task | rows scored | device, torch |", "|---|---|---|"]
     for name, task in found.items():
         rows = ", ".join(f"{count:,} of {split}" for split, count in task["rows"].items())
-        env = task["environment"]
-        lines += ["", f"{name}: scored on {rows}; {env.get('device')}, torch {env.get('torch')}. `{task['command']}`"]
+        lines.append(f"| {name} | {rows} | {_machine(task)} |")
+    for task in found.values():
+        lines += ["", f"`{task['command']}`"]
     return "\n".join(lines) + "\n"
 
 
@@ -112,12 +114,16 @@ def summary(found: Found) -> str:
     names = [name for model in ("text", "images") for name in complete_tasks(found, model)]
     heads = [f"{name}, {_METRICS.get(found[name]['metric'], found[name]['metric'])}" for name in names]
     models = {found[name]["model"] for name in names}
-    numbers = "trained numbers" if len(models) == 1 else "trained numbers, text and images"
+    numbers = "trainable parameters" if len(models) == 1 else "trainable parameters, text and images"
     lines = [f"| method | {numbers} | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
     for method in (own for own in COMPARED if own in methods_of(found)):
         cells = [_cell(found[name], method) for name in names]
         lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _machine(task: dict[str, Any]) -> str:
+    return f"{task['environment'].get('device')}, {task['environment'].get('torch')}"
 
 
 def _numbers(found: Found, method: str) -> str:
@@ -175,8 +181,10 @@ def _by_task(found: Found) -> Drawing:
             tidy(axes)
         panels.flat[0].set_ylim(len(methods) - 0.4, -0.6)
 
-    caption = "Score of every method on every task: mean, standard deviation and each seed; an arrow points to a score \
-left of the axis."
+    caption = (
+        "Score of every method on every task: mean, standard deviation and each seed; an arrow marks a score beyond "
+        "the left end of the axis."
+    )
     return Drawing(name="score-by-task", caption=caption, size=(2 + 2.8 * columns, rows * (1 + 0.2 * len(methods))),
                    draw=draw)  # fmt: skip
 
@@ -194,7 +202,7 @@ def _by_size(model: str, means: dict[str, tuple[int, float]], tasks: Sequence[st
         axes = figure.subplots()
         best = front([point for point in means.values() if point[0]])
         axes.step([n for n, _ in best], [100 * mean for _, mean in best], where="post", color="#999999", zorder=0)
-        axes.set(xscale="log", xlabel="trained numbers besides the head", ylabel="mean score, times 100")
+        axes.set(xscale="log", xlabel="trainable parameters, task head excluded", ylabel="mean score, times 100")
         for index, (method, (numbers, mean)) in enumerate(means.items()):
             if numbers:
                 axes.plot(numbers, 100 * mean, linestyle="", label=method, **_style(index))
@@ -208,7 +216,10 @@ def _by_size(model: str, means: dict[str, tuple[int, float]], tasks: Sequence[st
         legend_beside(axes)
         tidy(axes)
 
-    caption = "Mean score over the tasks against trained numbers; the line is the best that so few numbers reach."
+    caption = (
+        "Mean score over the tasks against trainable parameters; the line marks the best score among methods of that "
+        "size or smaller."
+    )
     return Drawing(name=f"score-by-size-{model}", caption=caption, size=(7, 4), draw=draw)
 
 

@@ -66,7 +66,7 @@ def sizes() -> list[str]:
     """Bytes on disk of both forms, of MiniLM's adapters."""
     from transformers import AutoModel
 
-    lines = ["| MiniLM-L6, 37 layers | trained numbers | compact | portable |", "|---|---|---|---|"]
+    lines = ["| MiniLM-L6, 37 layers | trainable parameters | compact | portable |", "|---|---|---|---|"]
     low = AdapterSpec(method="mirror", rank=16)
     specs = {
         "mirror": AdapterSpec(method="mirror"),
@@ -98,7 +98,7 @@ def sizes_by_rank() -> list[str]:
     ranks = (1, 8, 32, 64, "full")
     titles = [f"{'' if r == 'full' else 'rank '}{r}" for r in ranks]
     lines = [
-        f"| BERT-base, 73 layers: compact of trained numbers | {' | '.join(titles)} |",
+        f"| BERT-base, 73 layers: compact of trainable parameters | {' | '.join(titles)} |",
         "|---|---|---|---|---|---|",
     ]
     what: dict[str, float] = {}

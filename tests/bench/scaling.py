@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, Any]] = {"mirror": ("mirror", 128), "lora": ("lora
 
 
 def counted(blocks: int, spec: AdapterSpec, length: int) -> dict[str, float]:
-    """Bytes of a step of a model of so many blocks on a row of ``length`` tokens, and its trained numbers."""
+    """Bytes of a step of a model of so many blocks on a row of ``length`` tokens, and its trainable parameters."""
     config = LlamaConfig(**SIZES, num_hidden_layers=blocks, vocab_size=128256, tie_word_embeddings=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -77,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
     rows = {
         "weights, GiB": lambda f: f"{f['weights'] / GIB:.1f}",
         "factors, or A and B, GiB": lambda f: f"{f['factors'] / GIB:.2f}",
-        "trained numbers": lambda f: f"{f['trained']:,.0f}",
+        "trainable parameters": lambda f: f"{f['trained']:,.0f}",
         "gradients and optimizer, MiB": lambda f: f"{(f['gradients'] + f['optimizer']) / 2**20:,.1f}",
         "activations of a token, KiB": lambda f: f"{f['activations'] / results['length'] / 1024:,.0f}",
         "products of a token, GFLOP": lambda f: f"{f['flops'] / 1e9:.0f}",

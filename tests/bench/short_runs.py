@@ -166,7 +166,7 @@ def table(found: dict[str, Any]) -> str:
     """Return the results in Markdown."""
     methods = found["methods"]
     columns = [steps for steps in sorted(STEPS) if any(str(steps) in methods.get(name, {}) for name in METHODS)]
-    lines = [f"| method | trained numbers | {' | '.join(f'{n} steps' for n in columns)} | step |",
+    lines = [f"| method | trainable parameters | {' | '.join(f'{n} steps' for n in columns)} | step |",
              "|---|---|" + "---|" * (len(columns) + 1)]  # fmt: skip
     for name in (n for n in METHODS if n in methods):
         runs = methods[name]
@@ -184,9 +184,9 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(scores)} |")
     lines += [
         "",
-        f"Accuracy, times 100: mean and standard deviation over seeds (their number in brackets where it is not "
-        f"{found['seeds']}), scored once, at the end, on 1,056 rows (standard error 1.2 near 80). {ROWS:,} training "
-        f"rows, batches of {BATCH}, float32. A step's time is processor time of one thread.",
+        f"Accuracy, times 100: mean ± standard deviation over {found['seeds']} seeds, or over (n) where fewer ran; "
+        f"scored once, at the end, on 1,056 rows (standard error 1.2 near 80). {ROWS:,} training rows, batches of "
+        f"{BATCH}, float32. Step times are CPU time of one thread.",
         f"{found['hardware']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"

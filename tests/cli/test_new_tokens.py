@@ -41,7 +41,7 @@ def test_a_run_with_new_tokens_is_scored_answered_and_merged(desk: Path, tiny_mo
     done = mirrortune(*words("train", tiny_model_dir, *more))
     assert done.exit_code == 0, done.said
     assert "in the vocabulary already, and not added: film" in done.said
-    assert "64 in rows of new tokens" in done.said
+    assert "64 in embeddings of new tokens" in done.said
 
     # Two rows alone are stored, and the base is what it was.
     size = len(tokens_in(tiny_model_dir))

@@ -134,7 +134,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(desk: Path, tiny_model_d
         (desk / "away").rename(tiny_model_dir / "model.safetensors")
 
     assert outcome.exit_code == 0, outcome.stderr
-    assert outcome.stdout == "would adapt 13 layers and train 624 numbers besides the head's 66\n"
+    assert outcome.stdout == "would adapt 13 layers and train 624 parameters, plus 66 in the task head\n"
     assert as_json.data["targets"] == 13
     assert [p.name for p in desk.iterdir()] == ["reviews.csv"]
     assert train(tiny_model_dir, "--dry-run", "--target-modules", "nothing").exit_code == 2

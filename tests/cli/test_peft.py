@@ -51,7 +51,7 @@ def test_train_eval_merge_and_peft_itself_agree(tiny_model_dir: Path, data: Path
     assert trained.is_plain
     assert (method in NOT_MERGED) == ("PEFT cannot merge" in trained.stderr)
     result = trained.data
-    planned = re.search(r"trained numbers: ([\d,]+)", trained.stderr)
+    planned = re.search(r"trainable parameters: ([\d,]+)", trained.stderr)
     assert planned is not None
     assert int(planned[1].replace(",", "")) == result["trainable_parameters"] > 0
     files = {path.name: path.stat().st_size for path in (run / "adapter").iterdir()}
@@ -84,7 +84,7 @@ def test_prepare_has_nothing_to_factorise(tiny_model_dir: Path, data: Path) -> N
     outcome = mirrortune("prepare", *words(tiny_model_dir, data, "lora")[1:])
     assert outcome.exit_code == 0
     assert "factorised" not in outcome.stdout
-    assert "13 layers, 7,680 trained numbers" in outcome.stdout
+    assert "13 layers, 7,680 trainable parameters" in outcome.stdout
 
 
 @pytest.mark.parametrize(

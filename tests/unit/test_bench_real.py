@@ -127,12 +127,12 @@ def test_the_table_and_the_figures_are_of_the_runs_that_have_finished(tmp_path: 
     write_report(found, tmp_path, tmp_path / "report")
 
     lines = (tmp_path / "report" / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| method | trained numbers | trec, accuracy | rte, accuracy | mean, text |"
+    assert lines[0] == "| method | trainable parameters | trec, accuracy | rte, accuracy | mean, text |"
     assert lines[2] == "| `mirror` | 10 | 85.0 ± 1.0 (2) | 55.0 ± 1.0 (2) | 85.0 |"
     assert lines[3] == "| `lora:rank=8` | 100 | 80.0 (1) |  | 80.0 |", "its mean leaves out the task without it"
     assert "Mean, text: over trec." in lines
     assert (tmp_path / "report" / "summary.md").read_text(encoding="utf-8").splitlines() == [
-        "| method | trained numbers | trec, accuracy |",
+        "| method | trainable parameters | trec, accuracy |",
         "|---|---|---|",
         "| `mirror` | 10 | 85.0 ± 1.0 (2) |",
         "| `lora:rank=8` | 100 | 80.0 (1) |",
@@ -251,7 +251,7 @@ def test_short_runs_come_by_columns_and_are_timed_by_their_differences(tmp_path:
     methods = short_runs.read(tmp_path, 1)
     said = short_runs.table({"seeds": 1, "methods": methods, "hardware": "x", "versions": {}})
 
-    assert said.startswith("| method | trained numbers | 40 steps | 80 steps | step |")
+    assert said.startswith("| method | trainable parameters | 40 steps | 80 steps | step |")
     assert "| mirror | 10 | 75.0 | 75.0 | 500 ms |" in said
 
 

@@ -14,7 +14,7 @@ from mirrortune.errors import ConfigError
 
 @CORES.register("lora-sb")
 class LoraSb(MatrixCore):
-    """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trained numbers.
+    """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trainable parameters.
 
     U, S and Vh are the leading singular triplets of -sign(G), the direction of Adam's first step in full fine-tuning,
     where G is the gradient of the loss with respect to the weight, measured on training rows. W' = W + U M Vh does not

@@ -10,7 +10,7 @@ from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 
 @CORES.register("lora-xs")
 class LoraXs(MatrixCore):
-    """K = diag(S) (I + M), M (R, R) free, R^2 trained numbers, all zero at the start.
+    """K = diag(S) (I + M), M (R, R) free, R^2 trainable parameters, initially zero.
 
     Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero instead of small noise.
     """

@@ -14,7 +14,7 @@ from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, t
 
 @CORES.register("scale")
 class Scale(Core):
-    """K = diag(S (1 + lambda)), lambda on the ``top_k`` leading directions; k trained numbers, all zero at the start.
+    """K = diag(S (1 + lambda)), lambda on the ``top_k`` leading directions; k trainable parameters, initially zero.
 
     Reference: the rescaling half of SpecLoRA (arXiv 2505.23099), alone; with ``top_k: all`` the diagonal family of
     SVFit (arXiv 2409.05926) and SVDiff (arXiv 2303.11305), in relative steps instead of absolute ones and without the

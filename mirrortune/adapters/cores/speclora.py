@@ -20,7 +20,7 @@ from mirrortune.errors import ConfigError
 class SpecLora(Scale):
     """Scale on the ``top_k`` leading directions, plus a LoRA branch (alpha / rank) B A beside it.
 
-    W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) trained numbers.
+    W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) parameters.
     Initially lambda = 0 and B = 0, and A is uniform as in LoRA, drawn for each layer from the run's seed, the layer's
     name and ``init_seed``. The method's rank is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default,
     a scale of 1.

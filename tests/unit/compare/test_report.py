@@ -144,7 +144,7 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     assert row(table, "none")[2:4] == ["75.0", "+25.0 not tested"]
     assert found["methods"]["none"]["reported"]["test"] == {"mean": 0.75, "std": None, "values": [0.75]}
     assert "Score of one seed, times 100; learning rates chosen with 1 seed on rows that are not reported. " in table
-    assert "Difference to `mirror`; it is not tested with one seed. " in table
+    assert "Difference from `mirror`, not tested: that takes more than one seed. " in table
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_probabilities_that_runs_do_not_keep_are_not_resampled(tmp_path: Path) -
     (test,) = found["tests"]["test"]
     assert (test["low"], test["high"], test["verdict"]) == (None, None, "better")
     assert found["rows"] == {"test": 40}
-    assert "these runs keep no probabilities of them; `not" in table
+    assert "these runs keep no probabilities; `not" in table
 
 
 def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
@@ -219,8 +219,7 @@ def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) ->
         finish(compared, "none", seed, 0.75, "test")
     _, table = report(compared)
     assert "scored on" not in table
-    assert "which holds the chance of the seeds but not that of the rows: they are not resampled, because these runs " \
-        "keep no predictions of them; `not" in table  # fmt: skip
+    assert "between rows, which are not resampled because these runs keep no predictions; `not" in table
 
 
 def test_a_bar_in_the_name_of_a_method_adds_no_cell(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_share_shows_its_first_two_digits() -> None:
 def test_a_model_without_a_head_has_none_in_its_plan() -> None:
     with_head = make_plan(tiny_bert(), AdapterSpec(), dtype=torch.float32).lines()[-1]
     without = make_plan(tiny_causal(), AdapterSpec(), dtype=torch.float32).lines()[-1]
-    assert "of the task head" in with_head
+    assert "in the task head" in with_head
     assert "head" not in without
 
 

@@ -166,7 +166,7 @@ def run(folder: Path, name: str, *, adapted: Adapted | None = None, **given: Any
 
 
 def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Copies of the trained numbers."""
+    """Copies of the trained parameters."""
     model = trainer.bare_model
     return {n: p.detach().clone() for n, p in {**adapter_parameters(model), **plain_parameters(model)}.items()}
 

@@ -55,7 +55,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def numbers(adapted: Adapted) -> dict[str, torch.Tensor]:
-    """Copies of the trained numbers."""
+    """Copies of the trained parameters."""
     model = adapted.model
     return {n: p.detach().clone() for n, p in {**adapter_parameters(model), **plain_parameters(model)}.items()}
 

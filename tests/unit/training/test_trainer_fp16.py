@@ -53,7 +53,7 @@ def overflow(trainer: Trainer, *steps: int, value: float = math.inf) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Copies of trained numbers and moments."""
+    """Copies of trained parameters and moments."""
     model = trainer.bare_model
     found = {n: p.detach().clone() for n, p in {**adapter_parameters(model), **plain_parameters(model)}.items()}
     states = trainer.optimizer.optimizer.state
