@@ -194,7 +194,7 @@ def device_error(error: BaseException) -> ResourceError | None:
     is_torch = isinstance(error, RuntimeError)
     if isinstance(error, MemoryError) or (is_torch and any(words in text for words in _OUT_OF_MEMORY)):
         return ResourceError(
-            "memory", f"the device has too little ({text})",
+            "memory", f"not enough memory on the device ({text})",
             fix="Use a smaller --batch-size (in training with more --gradient-accumulation-steps) or --max-length, "
             "train.gradient_checkpointing=true, or model.dtype=bfloat16",
         )  # fmt: skip

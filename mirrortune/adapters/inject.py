@@ -161,7 +161,7 @@ def changes(model: nn.Module, begun: Sequence[str] | None = None) -> Iterator[No
 def _check_whole(model: nn.Module, where: str) -> None:
     if _HALF_CHANGED in vars(model):
         problem = "an earlier attach() or load_adapter() has failed and left the model half changed"
-        raise ConfigError(where, problem, fix="Load the base model anew")
+        raise ConfigError(where, problem, fix="Load the base model again")
 
 
 def check_plain(model: nn.Module, where: str) -> None:
@@ -172,15 +172,15 @@ def check_plain(model: nn.Module, where: str) -> None:
     """
     _check_whole(model, where)
     if isinstance(getattr(model, "mirrortune", None), Attachment):
-        raise ConfigError(where, "the model has an adapter already", fix="Load the base model anew")
+        raise ConfigError(where, "the model has an adapter already", fix="Load the base model again")
     for name, module in model.named_modules():
         # Its change would be taken for a part of the base, and be in neither the adapter nor the base.
         if isinstance(module, Spectral) or isinstance(vars(module).get("mirrortune"), Attachment):
             problem = f"a module inside has an adapter already: '{name}'"
-            raise ConfigError(where, problem, fix="Attach one adapter to the whole model, of the base loaded anew")
+            raise ConfigError(where, problem, fix="Load the base again, and attach one adapter to the whole model")
         if _is_of_peft(module):
             problem = f"the model has an adapter of PEFT already, in '{name}'"
-            raise ConfigError(where, problem, fix="Merge it with PEFT's merge_and_unload(), or load the base anew")
+            raise ConfigError(where, problem, fix="Merge it with PEFT's merge_and_unload(), or load the base again")
     if BANK in vars(model):
         fix = "add() it to the bank, or close() the bank first"
         raise ConfigError(where, "the model is in an AdapterBank", fix=fix)

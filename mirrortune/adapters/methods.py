@@ -174,7 +174,7 @@ PRESETS: dict[str, Preset] = {
         lr=2e-2,
         summary="the rotations of mirror, pairs matched to the task's own gradients",
     ),
-    "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
+    "none": Preset(lr=1e-3, summary="only the task head; the base model is frozen"),
     "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
     "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),
     **_PEFT,

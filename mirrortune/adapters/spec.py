@@ -222,7 +222,7 @@ def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
 
 
 def _no_rank_out(spec: AdapterSpec) -> ConfigError:
-    problem = f"out keeps output directions that no input reaches; '{spec.method}' does not turn the output side alone"
+    problem = f"out keeps output directions that no input reaches; '{spec.method}' does not rotate only the output side"
     return ConfigError("adapter.rank", problem, allowed="full or a number")
 
 

@@ -137,7 +137,7 @@ def _opaque(module: nn.Module) -> str | None:
     numbers = str(weight.dtype).removeprefix("torch.")
     if numbers.startswith("float8"):
         return f"{type(module).__name__} of {numbers} numbers, whose scales are elsewhere; load the model dequantised"
-    return f"{type(module).__name__} of {numbers} numbers {tuple(weight.shape)}, which is no kind of layer known here"
+    return f"{type(module).__name__} of {numbers} numbers {tuple(weight.shape)}, a layer of unknown kind"
 
 
 def _layer_name(module: str, parameter: str) -> str:

@@ -36,12 +36,12 @@ def terminal_lines(analysis: Analysis) -> list[str]:
     if len(depths) > 1:
         lines += ["", *_depth_lines(depths)]
     if analysis.claims:
-        lines += ["", "What was found for full fine-tuning elsewhere (arXiv 2505.23099), here:"]
+        lines += ["", "Published findings for full fine-tuning (arXiv 2505.23099), tested here:"]
         for claim in analysis.claims:
             lines += [f"  {_holds(claim.holds)}: {claim.text} ({_percent(claim.agreeing)} of matrices)",
                       f"      {claim.evidence}"]  # fmt: skip
     if analysis.curves:
-        lines += ["", "How much of the change each method could have made at most, by trainable parameters:"]
+        lines += ["", "Largest share of the change that each method could reproduce, by trainable parameters:"]
         lines += _method_table(analysis).lines()
     return [*lines, *_left_out(analysis)]
 
@@ -176,7 +176,7 @@ def _method_table(analysis: Analysis) -> Table:
             f"{min(enough):,}" if enough else "never",
         ])  # fmt: skip
     order = sorted(rows, key=lambda row: [-float(v) if v != "-" else 0.0 for v in row[-3:0:-1]])
-    return Table(head, order, "The same in numbers: the best at up to so many numbers.")
+    return Table(head, order, "The same in numbers: the best result with at most that many trainable parameters.")
 
 
 def _matrix_table(matrices: Sequence[Analysed]) -> Html:

@@ -86,7 +86,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY.SUB=VALUE]...",
-        help="A shipped recipe or YAML file, and settings over it.",
+        help="A shipped recipe or YAML file, and settings that override it.",
         show_default=False,
     ),
 ]
@@ -96,7 +96,7 @@ Target = Annotated[
         metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 TaskName = Annotated[
     str | None,
     typer.Option("-t", "--task", metavar="TEXT", help="A shipped task (glue/sst2) or a kind (text-classification, image-classification, ...).",
@@ -156,11 +156,11 @@ def _root(
 @_guard
 @with_recipe_flags("output_dir")
 def prepare(
-    words: Words = None, *, task: TaskName = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the weights are fetched.")] = False,
+    words: Words = None, *, task: TaskName = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before downloading the weights.")] = False,
     show: Annotated[int, typer.Option("--show", min=0, metavar="N", help="Show N training rows as the model will see them: text, ids, mask, labels.")] = 0,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Check everything, download, tokenise and factorise; train then starts from the caches.
+    """Check all settings, download, tokenise and factorise, so that train starts from the caches.
 
     mirrortune prepare --model roberta-base --task glue/sst2
     """
@@ -183,11 +183,11 @@ def prepare(
 @with_recipe_flags()
 def train(
     words: Words = None, *, task: TaskName = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False, overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
-    find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep learning rates for a minute and propose one; train nothing.")] = False,
-    num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
-    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or an accelerate config file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output directory.")] = False, overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and plan; download no weights, train nothing.")] = False,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Run a short learning-rate sweep and propose a rate; train nothing.")] = False,
+    num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Number of processes on this machine: one per GPU, or sharing the CPU cores.")] = None,
+    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How the processes share the work: ddp (default), fsdp2, zero2, zero3, cpu-2, or an accelerate config file.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune, and write a run directory with the adapter, its metrics and its curves.
@@ -235,12 +235,12 @@ def evaluate(
     target: Target, words: Words = None, *, task: TaskName = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
-    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder (FOLDER/ makes it); unlabelled rows too.")] = None,
+    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write the prediction of every row, unlabelled rows too, in GLUE's submission format, to a file or folder (FOLDER/ creates it).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that file.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) whose weights differ from those it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Score a run, a merged folder or any plain model by the task's own metrics.
+    """Score a run, a merged folder or any plain model with the task's metrics.
 
     mirrortune eval runs/sst2-roberta-base-mirror-scale
     """
@@ -273,19 +273,19 @@ def evaluate(
 @_guard
 @with_recipe_flags(*OF_EACH_RUN)
 def compare(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one for each task, and settings over them.", show_default=False)] = None, *,
-    methods: Annotated[str, typer.Option("--methods", metavar="A,B:key=value,...", help="Methods, each with settings of its own; the others are tested against the first.", show_default=False)],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one per task, and settings that override them.", show_default=False)] = None, *,
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B:key=value,...", help="Methods, each with optional settings; the others are tested against the first.", show_default=False)],
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder of the comparison; finished runs in it are kept.")] = "comparison",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method that are reported.")] = 5,
-    tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Runs by which each learning rate is judged.")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds per method, one reported run each.")] = 5,
+    tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Number of seeds per learning rate when choosing it.")] = 1,
     choose_by: Annotated[Literal["score", "loss"], typer.Option("--choose-by", help="Choose learning rates by score or by loss, which is less noisy on few rows.")] = "score",
-    lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates for every method; around its own default otherwise.", show_default=False)] = None,
-    extensions: Annotated[int, typer.Option("--extensions", min=0, help="Learning rates added while the best lies at the edge of the grid.")] = 2,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time; one for each GPU by default.", show_default=False)] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; rebuild the report from what is there.")] = False,
+    lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates to try for every method; by default a grid around its own rate.", show_default=False)] = None,
+    extensions: Annotated[int, typer.Option("--extensions", min=0, help="Maximum number of rates to add while the best lies at the edge of the grid.")] = 2,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Number of parallel runs; one per GPU by default.", show_default=False)] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; rebuild the report from the finished runs.")] = False,
     task: TaskName = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Train every method with its own learning rate and the same seeds, and say which differences are real.
+    """Train several methods with tuned learning rates and the same seeds, and test their differences.
 
     mirrortune compare quickstart --methods mirror,random,lora:rank=8,none
     """

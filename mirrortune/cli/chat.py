@@ -53,13 +53,13 @@ def chat(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any language model.", show_default=False)],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, such as task.format=text.", show_default=False)] = None, *,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt; that of the training (data.system) by default.", show_default=False)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Longest answer in tokens; 256 by default.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Maximum length of an answer, in tokens; 256 by default.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", metavar="X", show_default=False, help="Sample answers at this temperature; greedy by default.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Sample from the most probable tokens that have this probability together.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Nucleus sampling: sample from the most probable tokens whose total probability is this.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of sampling.")] = 0,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Talk to a language model; /help lists the commands. Piped input is answered line by line.
+    """Chat with a language model; /help lists the commands. Piped input is answered line by line.
 
     mirrortune chat runs/sft-dolly-smollm2-135m-instruct-mirror-scale
     """
@@ -100,7 +100,7 @@ def _resolved(target: str, words: list[str], given: dict[str, Any], reporter: Re
     from mirrortune.config import recipe  # noqa: PLC0415
 
     errors = [
-        ConfigError("arguments", f"'{word}' is no setting", allowed="KEY.SUB=VALUE",
+        ConfigError("arguments", f"'{word}' is not a setting", allowed="KEY.SUB=VALUE",
                     fix=f"To send one message, pipe it: echo {shlex.quote(word)} | mirrortune chat {target}")
         for word in words if "=" not in word
     ]  # fmt: skip
@@ -161,7 +161,7 @@ class _Session:
         known = [usage.split()[0] for usage, _ in _HELP if re.match(r"/\w", usage)]
         if f"/{name}" not in known:
             raise ConfigError(
-                f"/{name}", f"there is no such command.{did_you_mean(f'/{name}', known)}", allowed=", ".join(known), fix="To send a message that begins so, write two slashes",
+                f"/{name}", f"there is no such command.{did_you_mean(f'/{name}', known)}", allowed=", ".join(known), fix="To send a message that begins with a slash, write two",
             )  # fmt: skip
         if (name == "save") != bool(argument):
             raise ConfigError(f"/{name}", *(("no file is named",) if name == "save" else (f"got '{argument}'",)),

@@ -12,7 +12,7 @@ from mirrortune.system.console import Reporter
 
 
 def doctor(*, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False) -> None:
-    """Print versions, devices, caches and what runs on this machine, to paste into an issue; no user names, no tokens.
+    """Print versions, devices, caches and supported features, to paste into an issue; no user names or tokens.
 
     mirrortune doctor
     """

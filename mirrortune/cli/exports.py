@@ -23,11 +23,11 @@ def merge(
     targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directory or adapter folder; several are merged in order.", show_default=False)], *,
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Output folder.", show_default=False)],
     format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
-    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
-    max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of plain weights, such as 2GB; as in the base by default.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="For lora and gguf: rank to keep; all of it by default.", show_default=False)] = None,
+    max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Maximum size of a file of plain weights, such as 2GB; as in the base by default.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="The base model: the same weights elsewhere, or the full-precision weights of a quantised base.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge wrote there.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Merge into a base with other weights than the adapter was trained on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Merge into a base whose weights differ from those the adapter was trained on.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -65,12 +65,12 @@ def merge(
 def push(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder, or what merge wrote.", show_default=False)],
     repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; created if it does not exist.", show_default=False)], *,
-    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to send to.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to push to.", show_default=False)] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     replace_card: Annotated[bool, typer.Option("--replace-card", help="Replace a model card in the repository that was written or edited by hand.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Send an adapter or a merged model to the Hub, with a model card made from the run; checked before it is sent.
+    """Upload an adapter or a merged model to the Hub, with a model card; its files are checked first.
 
     mirrortune push runs/sst2-roberta-base-mirror-scale me/sst2-mirror
     """

@@ -49,7 +49,7 @@ class OnceEach(TyperCommand):
         for param in dict.fromkeys(one_value):
             if (count := one_value.count(param)) > 1:
                 names = ", ".join(param.opts)
-                errors.append(ConfigError(names, f"given {count} times, and takes one value", fix="Keep one of them"))
+                errors.append(ConfigError(names, f"given {count} times, but takes one value", fix="Keep one of them"))
         _report(errors)
         return super().parse_args(ctx, args)
 
@@ -106,7 +106,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
     _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
     _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
-    _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
+    _flag(_DATA, "--max-length", "data.max_length", int, "Maximum sequence length in tokens; longer rows are truncated and counted."),
     _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror-scale by default."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT and of the LoRA branch of speclora."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Directions that rotate together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
@@ -117,16 +117,16 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--gradient-accumulation-steps", "train.gradient_accumulation_steps", int, "Batches per optimizer step."),
     _flag(_LOOP, "--epochs", "train.epochs", float, "Passes over the training rows."),
     _flag(_LOOP, "--max-steps", "train.max_steps", int, "Stop after this many optimizer steps."),
-    _flag(_LOOP, "--patience", "train.patience", int, "Stop after this many evaluations without a better one."),
-    _flag(_LOOP, "--keep", "train.keep", int, "Last checkpoints kept, besides the best."),
-    _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
+    _flag(_LOOP, "--patience", "train.patience", int, "Stop after this many evaluations without improvement."),
+    _flag(_LOOP, "--keep", "train.keep", int, "Number of most recent checkpoints to keep, besides the best."),
+    _flag(_LOOP, "--seed", "train.seed", int, "Random seed."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32, bf16, or fp16 with gradient scaling; auto is bf16, or fp16 on GPUs without it."),
     _flag(_LOOP, "--optimizer", "train.optimizer", str, "adamw, sgd, adafactor, adamw-8bit, schedule-free or muon; adamw by default."),
     _flag(_LOOP, "--schedule", "train.schedule", str, "linear (default), cosine, constant, cosine-restarts, wsd or inverse-sqrt."),
-    _flag(_LOOP, "--warmup-steps", "train.warmup_steps", int, "Steps over which the learning rates rise; a tenth of all by default."),
+    _flag(_LOOP, "--warmup-steps", "train.warmup_steps", int, "Number of warm-up steps; a tenth of all steps by default."),
     _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; worthwhile in long runs."),
     _flag(_LOOP, "--class-weights", "train.class_weights", "yaml", "Class weights in the loss: balanced, or {NAME: WEIGHT}."),
-    _flag(_LOOP, "--track", "train.track", str, "Send the log to a tracker too: tensorboard, wandb, mlflow or trackio."),
+    _flag(_LOOP, "--track", "train.track", str, "Also log to a tracker: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
     _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
 )  # fmt: skip

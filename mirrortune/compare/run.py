@@ -172,7 +172,7 @@ class Comparison:
         if not is_complete:
             raise InterruptedRun(
                 str(self.root), "the comparison was interrupted; finished runs are kept",
-                signal_number=ends_as(self._signal), fix="Give the same command again to go on",
+                signal_number=ends_as(self._signal), fix="Run the same command again to continue",
             )  # fmt: skip
 
     def _run_all(self, pool: ThreadPoolExecutor, jobs: int) -> bool:
@@ -336,8 +336,8 @@ def _failed(cell: Cell, code: int, said: str) -> MirrortuneError:
     where = f"{cell.task}, {cell.label}, lr {shown_lr(cell.lr)}, seed {cell.seed}"
     if code < 0:  # the process had no chance to say anything
         name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-        fix = "Give the same command again to go on, with fewer --jobs if memory ran out"
-        error = MirrortuneError(where, f"its process was ended by {name}", fix=fix)
+        fix = "Run the same command again to continue, with fewer --jobs if memory ran out"
+        error = MirrortuneError(where, f"its process was killed by {name}", fix=fix)
     else:
         # Warnings of libraries may precede the error.
         problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]

@@ -312,7 +312,7 @@ def _unpermitted_code(merged: dict[str, Any], owners: dict[tuple[str, ...], Laye
     return [
         ConfigError(
             owner.place(_TRUST), problem, allowed="this permission on the command line only",
-            fix="Read that code; then pass --trust-remote-code (it runs with your rights), or remove the line",
+            fix="Read that code; then pass --trust-remote-code (it runs with your permissions), or remove the line",
         )
     ]  # fmt: skip
 
@@ -486,7 +486,7 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in items]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"key '{twice}' stands twice")
+            raise ValueError(f"key '{twice}' appears twice")
         return dict(items)
 
     try:

@@ -47,15 +47,15 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights; auto keeps the stored one."""
     load_in: Literal["8bit", "4bit"] | None = None
-    """Quantise the base weights while loading, by bitsandbytes; adapters compute beside them."""
+    """Quantise the base weights on loading, with bitsandbytes; adapters compute in a parallel branch."""
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     """Attention implementation, by transformers' name; the model's own (mostly sdpa) by default. Results differ in
     rounding only."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of every dropout layer of the base model during training; the model's own by default."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Dangerous: it runs with your rights. Only the command line permits
-    it, by --trust-remote-code or model.trust_remote_code=true; true in a recipe file is refused."""
+    """Run Python code from the model's repository. Dangerous: it runs with your permissions. Only the command line can
+    permit it, with --trust-remote-code or model.trust_remote_code=true; true in a recipe file is refused."""
 
 
 class TaskSection(_Section):
@@ -64,7 +64,7 @@ class TaskSection(_Section):
     kind: str | None = None
     """Kind of task, such as text-classification."""
     labels: typing.Annotated[tuple[str, ...], AfterValidator(_all_different)] | None = None
-    """Class names by output of the model; by default those of the data, in the order of the base if it has the same."""
+    """Class names in the order of model outputs; by default the data's, in the base's order if it has the same."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute at every evaluation; those of the kind of task by default."""
     selection_metric: str | None = None
@@ -72,10 +72,10 @@ class TaskSection(_Section):
     loss_on: str | None = None
     """Language models: tokens whose loss is trained on, completions (the default where there is a prompt) or all."""
     format: str | None = None
-    """Language models: format rows with the tokenizer's chat template, or as text; auto decides by the columns."""
+    """Language models: format rows with the tokenizer's chat template (chat) or as text; auto decides by columns."""
     answer: str | None = None
-    """Language models: also generate answers and score them by exact match. How an answer is found in the text: gsm8k,
-    boxed, letter, option, exact, or "regex:PATTERN"."""
+    """Language models: also generate answers and score them by exact match. The value says how to find the answer in a
+    text: gsm8k, boxed, letter, option, exact, or "regex:PATTERN"."""
 
 
 class SourceSection(_Section):
@@ -127,9 +127,9 @@ class DataSection(_Section):
     test_split: str = "test"
     """Name of the split that `eval --split test` reads."""
     validation_path: str | None = None
-    """Another data set, written like path, whose split of that name (or whose only split) has the validation rows."""
+    """Separate validation data, in the same form as path: its split named validation_split, or its only split."""
     validation_column_names: dict[str, str] = Field(default_factory=dict)
-    """Names in validation_path of the columns of the training rows: {query: question, response: answer}."""
+    """Column names in validation_path by those of the training rows: {query: question, response: answer}."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows set aside when there is no validation split."""
     text_columns: tuple[str, ...] | None = None
@@ -147,7 +147,7 @@ class DataSection(_Section):
     audio_column: str | None = None
     """Audio column, encoded recordings or paths; detected by default."""
     contained: bool = False
-    """Refuse rows whose image or audio path leads out of the data's folder, directly or through a link."""
+    """Refuse rows whose image or audio path leads outside the data's folder, directly or through a link."""
     max_seconds: float | None = Field(default=None, gt=0)
     """Maximum length of a recording in seconds; longer ones are truncated. 10 by default."""
     image_size: int | None = Field(default=None, ge=1)
@@ -178,8 +178,8 @@ class DataSection(_Section):
     max_eval_rows: int | None = Field(default=None, gt=0)
     """Streaming: number of rows to score of each split, from its beginning; 10,000 by default."""
     add_tokens: tuple[typing.Annotated[str, Field(min_length=1, pattern=r"^\S+$")], ...] = ()
-    """Tokens to add to the vocabulary: ["<user>", GATA4]. Of the embeddings only their rows are trained, at
-    train.head_lr; they are saved with the adapter and merged."""
+    """Tokens to add to the vocabulary: ["<user>", GATA4]. Only their rows of the embeddings are trained, at
+    train.head_lr; these are saved with the adapter and merged."""
 
 
 Parts = typing.Annotated[int, Field(ge=2)]
@@ -215,14 +215,14 @@ class AdapterSection(_Section):
     calibration_batches: int = Field(default=8, gt=0)
     """Adaptive pairing and lora-sb: number of batches over which gradients are measured."""
     calibration_warmup_steps: int = Field(default=60, ge=0)
-    """Adaptive pairing and lora-sb: steps that train the head alone before gradients are measured; the head is reset
+    """Adaptive pairing and lora-sb: steps that train only the head before gradients are measured; the head is reset
     afterwards."""
     target_modules: str = "all-linear"
-    """Regular expression that the name of a layer to adapt matches, whole or from a dot on; all-linear for all linear
-    layers."""
+    """Regular expression for the names of layers to adapt, matched against the whole name or from any dot on;
+    all-linear for all linear layers, all-layers for convolutions too."""
     layers: tuple[Block, ...] | None = Field(default=None, min_length=1)
     """Blocks whose layers are adapted, by number from 0 or as "last N": [0, 1, last 4]; by default all, and the layers
-    outside of blocks."""
+    outside blocks."""
     also_train: tuple[typing.Annotated[str, Field(min_length=1)], ...] = ()
     """Parameters of the base model to train directly, besides the adapter: norms, biases, embeddings (all tables), or
     regular expressions for names of parameters or modules, matched from any dot on: [pooler, norms]."""
@@ -230,10 +230,10 @@ class AdapterSection(_Section):
     """Fused layers to factorise part by part, by a regular expression for their names: {c_attn: 3},
     {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""
     strategy: Literal["auto", "branch", "factored", "dense"] = "auto"
-    """How adapted layers compute; auto counts the multiplications of each way and takes the cheapest one for a
+    """How adapted layers compute; auto counts the multiplications of each strategy and uses the cheapest one for each
     layer."""
     form: Literal["auto", "compact", "portable"] = "auto"
-    """How the adapter is stored: compact (kilobytes; loading computes the basis again, aligns and verifies it),
+    """How the adapter is stored: compact (kilobytes; loading recomputes, aligns and verifies the basis),
     portable (includes the factors, about the size of a LoRA of the same rank), or auto: compact, but portable where the
     basis cannot be recomputed exactly, or where that takes minutes and the factors are small."""
     options: dict[str, typing.Any] = Field(default_factory=dict)
@@ -264,7 +264,7 @@ class TrainSection(_Section):
     """Decay of the learning rates after warm-up: to zero at the last step (linear, cosine), none (constant), in
     num_cycles cosines, only in the last decay_ratio of the steps (wsd), or as 1 / sqrt(step)."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rates rise from zero (warm-up)."""
+    """Share of the steps used for warm-up, over which the learning rates rise from zero."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Number of warm-up steps, instead of warmup_ratio."""
     min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
@@ -304,17 +304,17 @@ class TrainSection(_Section):
     """Seed of the head's initialisation, the order of rows, dropout, the choice of validation rows, and random
     pairs."""
     eval_every_steps: int | None = Field(default=None, gt=0)
-    """Evaluate after every so many optimizer steps; at the end of every epoch by default."""
+    """Number of optimizer steps between evaluations; by default at the end of every epoch."""
     save_every_steps: int | None = Field(default=None, gt=0)
-    """Save a checkpoint after every so many optimizer steps; at the end of every epoch by default."""
+    """Number of optimizer steps between checkpoints; by default at the end of every epoch."""
     keep: int = Field(default=1, gt=0)
     """Number of most recent checkpoints to keep, in addition to the best one."""
     patience: int | None = Field(default=None, gt=0)
-    """Stop after this many evaluations in a row without an improvement; never by default."""
+    """Stop after this many consecutive evaluations without improvement; never by default."""
     log_every_steps: int = Field(default=10, gt=0)
-    """Optimizer steps between two log entries."""
+    """Number of optimizer steps between log entries."""
     track: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
-    """Experiment tracker to send every logged number to; none by default."""
+    """Experiment tracker that receives every logged value; none by default."""
     num_workers: int = Field(default=1, ge=0, le=64)
     """Number of threads that prepare batches in advance; 0 prepares each when it is needed. Results do not depend on
     it."""

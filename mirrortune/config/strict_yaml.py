@@ -185,7 +185,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
         if key_path in lines:
             raise ConfigError(
                 place,
-                f"key '{'.'.join(key_path)}' stands twice (first on line {lines[key_path]})",
+                f"key '{'.'.join(key_path)}' appears twice (first on line {lines[key_path]})",
                 fix="Remove one of the two",
             )
         lines[key_path] = key_node.start_mark.line + 1

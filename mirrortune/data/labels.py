@@ -68,7 +68,7 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
         shown = "; ".join(", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in group)
                           for group in alike[:_SHOWN])  # fmt: skip
         more = f" and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
-        notes.append(f"warning: classes that are told apart, but look alike: {shown}{more}")
+        notes.append(f"warning: classes that differ but look alike: {shown}{more}")
     reading = LabelReading.of(table, column, names)
     if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
         notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")

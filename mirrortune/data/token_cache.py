@@ -33,7 +33,7 @@ _VERSION = 4
 _CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 _IS_USED = ContextVar("is_used", default=True)
 _COUNT, _DIGEST = "count.", "sha256"
-_UNSAFE = "made again: what the cache holds is another user's, and others may write it"
+_UNSAFE = "recreated: the cache entry belongs to another user, and others may write it"
 _BLOCK = 1 << 20  # bytes
 _MAPPED = 1 << 26  # bytes; larger arrays stay on disk and are paged in as they are used
 _PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file")  # settings of where a tokenizer came from
@@ -81,11 +81,11 @@ class TokenKey:
         try:
             before = json.loads(self._memory().read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return "made for the first time"
+            return "created for the first time"
         names = [n for n in {**before, **self.parts} if before.get(n) != self.parts.get(n)]
         if not names:
-            return "made again: the cache does not hold them"
-        return f"made again: {', '.join(_change(n, before.get(n), self.parts.get(n)) for n in names)} changed"
+            return "recreated: not in the cache"
+        return f"recreated: {', '.join(_change(n, before.get(n), self.parts.get(n)) for n in names)} changed"
 
     def remember(self) -> None:
         """Store the parts for the next :meth:`why_made`."""

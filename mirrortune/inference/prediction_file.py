@@ -68,7 +68,7 @@ def refuse_replacing(path: Path, kind: str, *, overwrite: bool) -> None:
         return
     if not overwrite:
         fix = "Choose another name, or replace it with --overwrite"
-        raise ConfigError("-o", f"{path} is there already", fix=fix)
+        raise ConfigError("-o", f"{path} already exists", fix=fix)
     if not holds_predictions(path, kind):
         problem = f"{path} has no column '{PREDICTION}', so predict did not write it, and it is left alone"
         raise ConfigError("--overwrite", problem, fix="Choose another name")
@@ -101,7 +101,7 @@ class Parts:
             if rows and not overwrite:
                 raise ConfigError(
                     "-o", f"{self.folder} holds {rows:,} predicted rows of {self.output.name}, which was not finished",
-                    fix="Continue with --resume, start again with --overwrite, or choose another name",
+                    fix="Continue with --resume, start over with --overwrite, or choose another name",
                 )  # fmt: skip
             self.discard()
         try:
@@ -122,7 +122,7 @@ class Parts:
         if state is None and self._found():
             raise ConfigError(
                 "--resume", f"the record of what the rows in {self.folder} were predicted with is damaged",
-                fix="Start again with --overwrite",
+                fix="Start over with --overwrite",
             )  # fmt: skip
         if state is None:
             fix = "Start it without --resume"
@@ -134,7 +134,7 @@ class Parts:
             first = "Continue with that version" if _VERSION in told else "Give what the first command was given"
             raise ConfigError(
                 "--resume", f"the finished rows of {self.output} were made otherwise: {told}",
-                fix=f"{first}, or start again with --overwrite",
+                fix=f"{first}, or start over with --overwrite",
             )  # fmt: skip
         for _, _, path in self._found():  # all of them now, not after hours of predicting
             if not _is_readable(path):

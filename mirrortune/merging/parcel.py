@@ -115,7 +115,7 @@ def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
                 parcel.add(folder.parent, name, redact)
         _add_own_card(parcel, folder.parent)
         if CURVES in parcel.files and not parcel.files[CURVES].read_bytes().startswith(_PNG):
-            raise VerificationError(str(parcel.files[CURVES]), "damaged (no PNG image)", fix="Restore it")
+            raise VerificationError(str(parcel.files[CURVES]), "damaged (not a PNG image)", fix="Restore it")
     else:
         _add_own_card(parcel, folder)
     return parcel

@@ -53,7 +53,7 @@ def load_errors(name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model '{name}'", "it needs code from its own repository",
-                fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
+                fix="Read that code, then pass --trust-remote-code (it runs with your permissions)",
             ) from error  # fmt: skip
         if "attn_implementation" in str(error):
             raise ConfigError("model.attention", text[:300], fix="Set another, or none") from error

@@ -173,7 +173,7 @@ def _transformer(source: ModelSource, files: dict[str, Any], where: str) -> dict
     modalities = found.get("modality_config") or {}
     method = modalities.get("text") or {} if isinstance(modalities, dict) else None
     if not isinstance(method, dict):
-        raise ConfigError(f"{where}: {name}", "damaged (its modality_config is no object)", fix="Restore the file")
+        raise ConfigError(f"{where}: {name}", "damaged (its modality_config is not an object)", fix="Restore the file")
     stated = {
         "transformer_task": (found.get("transformer_task"), "feature-extraction"),
         "method_output_name": (method.get("method_output_name"), "last_hidden_state"),

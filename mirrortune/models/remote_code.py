@@ -64,7 +64,7 @@ def refuse_kernels(name: str, config: Any) -> None:
             if isinstance(wanted, str) and "/" in wanted:
                 raise ConfigError(
                     f"model '{name}'", f"its configuration asks for code from '{wanted}'",
-                    fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
+                    fix="Read that code, then pass --trust-remote-code (it runs with your permissions)",
                 )  # fmt: skip
 
 

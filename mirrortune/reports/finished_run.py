@@ -130,7 +130,7 @@ def regular_file(folder: Path, name: str) -> Path:
     else:
         is_plain = real == inside / name
     if not is_plain or not real.is_file():
-        problem = "it is missing" if not is_there(path) else "it is a link or no regular file, and is not sent"
+        problem = "it is missing" if not is_there(path) else "it is a link or not a regular file, and is not sent"
         raise VerificationError(str(path), problem, fix="Put the file itself there, or write the folder again")
     return path
 
@@ -168,5 +168,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
     if not isinstance(found, dict):
-        raise TypeError(f"{path.name} holds {str(found)[:50]}, no object")
+        raise TypeError(f"{path.name} holds {str(found)[:50]}, not an object")
     return found

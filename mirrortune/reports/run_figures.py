@@ -42,8 +42,8 @@ def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
 
     return Drawing(
         name="plane_angles",
-        caption="Angles by which the adapter turns its planes. An angle is the size of a turn; how much it moves also "
-        "depends on the strengths of its two directions.",
+        caption="Angles by which the adapter rotates its planes. How much a rotation changes the weight also depends "
+        "on the singular values of its two directions.",
         size=(10, max(3.0, 1 + 0.13 * min(len(angles), _MOST_ROWS))),
         draw=draw,
     )
@@ -115,8 +115,8 @@ def _confusion(run: FinishedRun) -> Drawing | None:
 
     return Drawing(
         name="confusion",
-        caption="What the kept checkpoint answers on the validation rows: of each true class (rows, with their number "
-        "of examples) the share that got each answer.",
+        caption="Predictions of the kept checkpoint on the validation rows: for each true class (rows, with their "
+        "number of examples), the share that was predicted as each class.",
         size=(size + 2.4, size),
         draw=draw,
     )
@@ -136,8 +136,8 @@ def _scatter(run: FinishedRun) -> Drawing | None:
         tidy(axes)
         axes.legend(frameon=False)
 
-    return Drawing(name="scatter", caption="What the kept checkpoint answers on the validation rows.", size=(5.2, 4.2),
-                   draw=draw)  # fmt: skip
+    caption = "Predictions of the kept checkpoint on the validation rows."
+    return Drawing(name="scatter", caption=caption, size=(5.2, 4.2), draw=draw)
 
 
 def _data(run: FinishedRun) -> Drawing | None:
@@ -172,7 +172,7 @@ def _data(run: FinishedRun) -> Drawing | None:
 
     return Drawing(
         name="data",
-        caption="The rows that were learned from, and those that chose the checkpoint.",
+        caption="The training rows, and the rows that selected the checkpoint.",
         size=(4.6 * panels, max(2.8, 1 + 0.22 * len(labels) * has_classes)),
         draw=draw,
     )
@@ -200,5 +200,5 @@ def _angles_over_time(run: FinishedRun) -> Drawing | None:
         if len(layers) <= 16:
             legend_beside(axes)
 
-    return Drawing(name="angles_over_time", caption="How far each layer's planes had turned at every evaluation.",
+    return Drawing(name="angles_over_time", caption="How far each layer's planes had rotated at every evaluation.",
                    size=(8, 3.6), draw=draw)  # fmt: skip

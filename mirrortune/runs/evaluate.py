@@ -162,9 +162,7 @@ def find_target(target: str, settings: EvaluationSettings, *, force_base: bool, 
         raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
     needed = {"--data": settings.data.place if needs_data else "", "--task": settings.task.kind or adapter_folder}
     if missing := " and ".join(flag for flag, value in needed.items() if value is None):
-        raise ConfigError(
-            target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
-        )
+        raise ConfigError(target, f"it is not a run, and {missing} not given", fix=f"Check the path, or give {missing}")
     return adapter_folder
 
 
@@ -304,7 +302,7 @@ def _checked(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
     if path.exists() and not path.is_file():  # a pipe, a device, ...
-        raise ConfigError("--predictions", f"{path} is no regular file", fix="Give another name")
+        raise ConfigError("--predictions", f"{path} is not a regular file", fix="Give another name")
     if path.exists() and not _holds_predictions(path):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
     return path
@@ -330,7 +328,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
     _checked(path)
     if path.exists() and not overwrite:
         fix = "Give another name, or replace it with --overwrite"
-        raise ConfigError("--predictions", f"{path} is there already", fix=fix)
+        raise ConfigError("--predictions", f"{path} already exists", fix=fix)
 
 
 def _holds_predictions(path: Path) -> bool:

@@ -82,7 +82,7 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
         put = held.enter_context(html.page_output(page, inputs_of(resolved), "--output-dir"))
         job = assemble(settings, reporter)
         if not job.plan.trainable_parameters:
-            problem = f"method '{settings.adapter.method}' trains the head alone, at train.head_lr"
+            problem = f"method '{settings.adapter.method}' trains only the head, at train.head_lr"
             raise ConfigError("--find-lr", problem, fix="Choose a method that adapts layers")
         sweep = _sweep(job, RunDirectory(folder), accelerator, reporter)
         found = propose(sweep)

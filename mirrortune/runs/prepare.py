@@ -116,7 +116,7 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
     first = int(counts.argmax())
     if has_class_of_row and scored.sum() == len(validation) and scored[first] > _MOST * len(validation):
         yield (
-            f"always answering '{labels[first]}' has an accuracy of {scored[first] / len(validation):.3f} on the "
+            f"always predicting '{labels[first]}' gives an accuracy of {scored[first] / len(validation):.3f} on the "
             "validation rows; score by f1_macro, balanced_accuracy or mcc (task.metrics), and see train.class_weights "
             "and train.balance"
         )

@@ -159,11 +159,11 @@ def check_same_targets(job: Job, run: RunDirectory) -> None:
     if before is not None and tuple(before) != labels:
         problem = f"with the classes {', '.join(before)} in this order, which would be {', '.join(labels)} now"
     if problem:
-        fix = "Start anew with --overwrite"
+        fix = "Start over with --overwrite"
         raise ConfigError("--resume", f"an earlier version began the run {problem}", fix=fix)
 
 
-_ANEW = "start anew with --overwrite"
+_ANEW = "start over with --overwrite"
 
 
 def check_same_data(
@@ -270,7 +270,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     """Write the files of a finished run: results, ``trainer_state.json``, curves, model card and page."""
     events = run.events()
     if not events:
-        fix = "Restore the file from a copy, or start again with --overwrite"
+        fix = "Restore the file from a copy, or start over with --overwrite"
         raise VerificationError(str(run.metrics), "the events of the run are gone", fix=fix)
     data = {name: value for name, value in asdict(result).items() if name != "sources" or value}
     run.write_json(run.results.name, data)

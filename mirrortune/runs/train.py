@@ -305,7 +305,7 @@ def _remarks_on_batches(task: Task, rows: int) -> Iterator[str]:
     """Yield remarks on micro-batches of ``rows`` rows, counted over all processes."""
     texts = [column for role, column in task.columns() if role == "text"]
     if isinstance(task, ComparesRows) and rows == 1 and len(texts) == 2:  # a third one is a negative of the same row
-        yield "warning: a batch of one row has nothing to compare it with, and nothing is learned: raise --batch-size"
+        yield "warning: a batch of one row has no other rows to compare with, so nothing is learned: raise --batch-size"
 
 
 def _settings(job: Job, accelerator: Any) -> LoopSettings:

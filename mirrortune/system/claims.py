@@ -194,7 +194,7 @@ def _is_claim(handle: int) -> bool:
 
 
 def _not_a_claim(place: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "it is no claim of ours", str(place))
+    return FileExistsError(errno.EEXIST, "it is not one of mirrortune's lock files", str(place))
 
 
 def _holder(place: Path) -> str:

@@ -78,7 +78,7 @@ def check_attention(asked: str | None, device: torch.device) -> None:
     if asked != "flash_attention_2":
         return
     if device.type != "cuda":
-        raise ResourceError("model.attention", f"{asked} runs on CUDA GPUs alone, got {device.type}", fix="Use sdpa")
+        raise ResourceError("model.attention", f"{asked} runs only on CUDA GPUs, got {device.type}", fix="Use sdpa")
     if importlib.util.find_spec("flash_attn") is None:
         raise ResourceError("model.attention", f"{asked} needs the package flash-attn", fix="Install it, or use sdpa")
 

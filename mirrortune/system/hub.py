@@ -87,7 +87,7 @@ def hub_errors(where: str, *, flag: str, sends: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ == "HFValidationError":
-            problem = f"{where} is neither here nor an id that the Hub could have"
+            problem = f"{where} is neither a local path nor a valid Hub id"
             raise ConfigError(flag, problem, allowed="what exists here, or owner/name", fix="Check the path") from error
         explained = _explain(error, sends=sends)
         if explained is None:

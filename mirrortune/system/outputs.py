@@ -202,7 +202,7 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: OutputKind, *, over
     if others := strangers(output, marker):
         shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
         raise ConfigError(
-            "--overwrite", f"{output} also holds what is no part of the {marker.kind}: {shown}",
+            "--overwrite", f"{output} also contains files or folders that are not part of the {marker.kind}: {shown}",
             fix="Move it elsewhere, or choose another with -o",
         )  # fmt: skip
 
@@ -308,7 +308,7 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
     if path.is_dir():
         raise ConfigError(where, f"{path} is a folder", fix=f"Name a file, such as {path / 'NAME'}")
     if path.exists() and not path.is_file():
-        raise ConfigError(where, f"{path} is no regular file", fix=fix)
+        raise ConfigError(where, f"{path} is not a regular file", fix=fix)
     check_apart(path, inputs, where, is_file=True)
     if above := next((p for p in real(path).parents if p.exists() and not p.is_dir()), None):
         raise ConfigError(where, f"{path}: {above} is a file", fix=fix)

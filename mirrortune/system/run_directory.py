@@ -367,7 +367,7 @@ class RunDirectory:
                 f"damaged checkpoint ({error})",
                 fix=f"Delete it to continue from {self.checkpoint(earlier[-1]).name}"
                 if earlier
-                else "There is no earlier one: start again with --overwrite",
+                else "There is no earlier one: start over with --overwrite",
             ) from error
 
     def publish_adapter(self, step: int) -> None:

@@ -420,7 +420,7 @@ class Trainer:
         if not reading.is_finite:
             loss, norm = f"{reading.loss:g}", f"{reading.grad_norm:g}"
             raise self._diverged(
-                reading.step, f"the training loss is {loss} and the gradient norm {norm}; the step was not made"
+                reading.step, f"the training loss is {loss} and the gradient norm {norm}; the step was not taken"
             )
         return reading
 

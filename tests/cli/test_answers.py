@@ -49,7 +49,7 @@ def test_generated_answers_are_scored_while_training_and_after(problems: Path) -
     ("words", "code", "message"),
     [
         (["task.answer=gms8k"], 2, "Did you mean 'gsm8k'?"),
-        (["task.answer=gsm8k", "task.loss_on=all"], 2, "prompts and answers are not told apart"),
+        (["task.answer=gsm8k", "task.loss_on=all"], 2, "prompts and answers are not distinguished"),
         (["task.answer=regex:("], 2, "is not a regular expression"),
         (["task.answer=letter"], 3, "rows have no answer in the format 'letter' in column 'answer'"),
         (["task.metrics=[exact_match]"], 2, "Allowed: perplexity, token_accuracy. Set task.answer."),

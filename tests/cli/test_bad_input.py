@@ -211,7 +211,7 @@ BAD: dict[str, Bad] = {
     ),
     "repeated recipe key": recipe(
         "train:\n  lr: 2e-4\n  lr: 1\n",
-        "my.yaml:3: key 'train.lr' stands twice (first on line 2)",
+        "my.yaml:3: key 'train.lr' appears twice (first on line 2)",
         "Remove one of the two.",
     ),
     "recipe that is no YAML": recipe("train: {lr: [1\n", "my.yaml:2: not valid YAML", "Correct the line."),
@@ -399,7 +399,9 @@ BAD: dict[str, Bad] = {
         "one JSON object a line, or an array of objects",
         name="bad.json",
     ),
-    "a sample that is no number": setting("-d reviews.csv#many", "'reviews.csv#many' is neither here nor an id"),
+    "a sample that is no number": setting(
+        "-d reviews.csv#many", "'reviews.csv#many' is neither a local path nor a valid Hub id"
+    ),
     "blank texts only": data("text,label\n" + "  ,a\n  ,b\n" * 4, "rows are blank.", "--text-column"),
     # Labels.
     "one class": data(
@@ -515,7 +517,7 @@ BAD: dict[str, Bad] = {
     "merge of an unfinished run": Bad(
         "merge killed -o m", 2, ("killed: this run has not finished", "--resume"), change=unfinished
     ),
-    "evaluation of nothing": Bad("eval nowhere", 2, ("nowhere: it is no run here, and --data and --task not given",)),
+    "evaluation of nothing": Bad("eval nowhere", 2, ("nowhere: it is not a run, and --data and --task not given",)),
     "evaluation of an unfinished run": Bad(
         "eval killed -d reviews.csv",
         2,
@@ -610,7 +612,7 @@ def test_a_rate_as_people_write_it_is_a_number(desk: Path, tiny_model_dir: Path)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--max-steps 9", "step 2: the training loss is nan and the gradient norm nan; the step was not made"),
+        ("--max-steps 9", "step 2: the training loss is nan and the gradient norm nan; the step was not taken"),
         ("--max-steps 1", "step 1: the validation loss is nan"),
     ],
 )

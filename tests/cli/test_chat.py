@@ -81,7 +81,7 @@ def test_piped_lines_that_cannot_be_answered_end_the_command(
         (["--top-p", "0"], "--top-p: got 0.0. Allowed: above 0, at most 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0. Allowed: 1 or more"),
         (["task.format=prose"], "task.format: unknown value 'prose'"),
-        (["hello there"], "'hello there' is no setting. Allowed: KEY.SUB=VALUE. To send one message, pipe it"),
+        (["hello there"], "'hello there' is not a setting. Allowed: KEY.SUB=VALUE. To send one message, pipe it"),
     ],
 )
 def test_settings_are_checked(chatty: Path, words: list[str], says: str) -> None:

@@ -54,7 +54,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_read(desk: Path, tiny_m
 def test_a_sweep_needs_a_rate_and_something_to_adapt(desk: Path, tiny_model_dir: Path) -> None:
     for more, says in (
         (("--lr", 0), "train.lr: got 0. Allowed: a rate above 0"),
-        (("--method", "none"), "--find-lr: method 'none' trains the head alone"),
+        (("--method", "none"), "--find-lr: method 'none' trains only the head"),
     ):
         done = mirrortune(*words(tiny_model_dir, *more))
         assert (done.exit_code, says in done.said) == (2, True), done.stderr

@@ -54,7 +54,7 @@ def test_flash_attention_is_refused_where_it_cannot_run(desk: Path, tiny_model_d
     words = ("train", "-m", tiny_model_dir, "-t", "text-classification", "-d", write_table(desk / "r.csv", reviews(20)))
     outcome = mirrortune(*words, "model.attention=flash_attention_2")
     assert outcome.exit_code == 4
-    assert "model.attention: flash_attention_2 runs on CUDA GPUs alone, got cpu. Use sdpa." in outcome.said
+    assert "model.attention: flash_attention_2 runs only on CUDA GPUs, got cpu. Use sdpa." in outcome.said
     if importlib.util.find_spec("flash_attn") is None:
         with pytest.raises(ResourceError, match="needs the package flash-attn"):
             check_attention("flash_attention_2", torch.device("cuda"))

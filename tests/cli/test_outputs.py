@@ -153,7 +153,7 @@ CASES = {
     "planning in the working directory": Refused(f"{TRAIN} -o . --dry-run", (".: it is the working directory",)),
     "planning to train over a run": Refused(f"{TRAIN} -o run --dry-run", ("run: the output directory is not empty",)),
     "planning to train over notes": Refused(
-        f"{TRAIN} -o run --dry-run --overwrite", ("no part of the run: notes.txt",), file("run/notes.txt")
+        f"{TRAIN} -o run --dry-run --overwrite", ("not part of the run: notes.txt",), file("run/notes.txt")
     ),
     "planning to continue what is no run": Refused(f"{TRAIN} -o new --dry-run --resume", ("new holds no run",)),
     "a link to a run": Refused(
@@ -180,23 +180,23 @@ CASES = {
     "a folder with merge.json": Refused("merge run -o mine --overwrite", (NOT_OURS,), file("mine/merge.json", "{}")),
     "a run with notes": Refused(
         f"{TRAIN} -o run --overwrite",
-        ("run also holds what is no part of the run: notes/day 1.txt",),
+        ("run also contains files or folders that are not part of the run: notes/day 1.txt",),
         file("run/notes/day 1.txt"),
     ),
     "a run with an empty folder": Refused(
-        f"{TRAIN} -o run --overwrite", ("no part of the run: plans/",), lambda desk: (desk / "run" / "plans").mkdir()
+        f"{TRAIN} -o run --overwrite", ("not part of the run: plans/",), lambda desk: (desk / "run" / "plans").mkdir()
     ),
     "a run with a link": Refused(
-        f"{TRAIN} -o run --overwrite", ("no part of the run: link",), link("run/link", "../thesis.txt")
+        f"{TRAIN} -o run --overwrite", ("not part of the run: link",), link("run/link", "../thesis.txt")
     ),
     "a run with another below its tracker's folder": Refused(
         f"{TRAIN} -o run --overwrite",
-        ("no part of the run: wandb/inner/.mirrortune.json, wandb/inner/README.md, ",),
+        ("not part of the run: wandb/inner/.mirrortune.json, wandb/inner/README.md, ",),
         lambda desk: shutil.copytree(desk / "run", desk / "run" / "wandb" / "inner"),
     ),
     **{
         f"a run with {name}": Refused(
-            f"{TRAIN} -o run --overwrite", (f"no part of the run: {name}",), file(f"run/{name}")
+            f"{TRAIN} -o run --overwrite", (f"not part of the run: {name}",), file(f"run/{name}")
         )
         for name in (
             "tensorboard/notes.md",
@@ -213,7 +213,7 @@ CASES = {
         file("run/checkpoints/step-000001/notes.txt"),
     ),
     "a merge with notes": Refused(
-        "merge run -o merged --overwrite", ("no part of the merged model: notes.txt",), file("merged/notes.txt")
+        "merge run -o merged --overwrite", ("not part of the merged model: notes.txt",), file("merged/notes.txt")
     ),
     "training over a merge": Refused(f"{TRAIN} -o merged --overwrite", ("merged is a merged model, not a run",)),
     "merging over another run": Refused(
@@ -254,7 +254,7 @@ CASES = {
         "merge run -o new", ("new: .new.replaced is in the way",), file(".new.replaced/mine.txt")
     ),
     "another's file in the place of the claim": Refused(
-        "merge run -o new", ("it is no claim of ours",), file(".new.claim"), code=4
+        "merge run -o new", ("it is not one of mirrortune's lock files",), file(".new.claim"), code=4
     ),
     "a comparison with recipes elsewhere": Refused(
         "compare -m model -t text-classification -d reviews.csv --methods mirror -o new",
@@ -262,7 +262,10 @@ CASES = {
         linked_comparison,
     ),
     "a pipe in the place of the claim": Refused(
-        "merge run -o new", ("it is no claim of ours",), lambda desk: os.mkfifo(desk / ".new.claim"), code=4
+        "merge run -o new",
+        ("it is not one of mirrortune's lock files",),
+        lambda desk: os.mkfifo(desk / ".new.claim"),
+        code=4,
     ),
     "comparing in a run": Refused(
         "compare -m model -t text-classification -d reviews.csv --methods mirror -o run", ("holds no comparison",)
@@ -333,13 +336,13 @@ CASES = {
     ),
     "predictions over another file": Refused(f"{EVAL} --predictions thesis.txt --overwrite", ("holds no predictions",)),
     "predictions there already": Refused(
-        f"{EVAL} --predictions a.tsv", ("a.tsv is there already", "--overwrite"), file("a.tsv", "index\tprediction\n")
+        f"{EVAL} --predictions a.tsv", ("a.tsv already exists", "--overwrite"), file("a.tsv", "index\tprediction\n")
     ),
     "predictions through a link": Refused(
         f"{EVAL} --predictions l", ("l is a symbolic link",), link("l", "thesis.txt")
     ),
     "predictions into a pipe": Refused(
-        f"{EVAL} --predictions pipe", ("pipe is no regular file",), lambda desk: os.mkfifo(desk / "pipe")
+        f"{EVAL} --predictions pipe", ("pipe is not a regular file",), lambda desk: os.mkfifo(desk / "pipe")
     ),
     "predictions over the results": Refused(
         f"{EVAL} --predictions run/results.json", ("results.json belongs to the run",)
@@ -441,7 +444,7 @@ def test_a_merge_inside_its_run_is_safe_from_the_next_run(desk: Path) -> None:
     before = tree(desk)
     outcome = mirrortune(*TRAIN.split(), "-o", "run", "--overwrite")
     assert outcome.exit_code == 2
-    assert "no part of the run: merged/" in outcome.said
+    assert "not part of the run: merged/" in outcome.said
     assert tree(desk) == before
 
 
@@ -523,7 +526,7 @@ def test_a_marker_from_elsewhere_gives_no_rights(desk: Path) -> None:
     before = tree(desk)
     outcome = mirrortune("merge", "run", "-o", "model", "--overwrite")
     assert outcome.exit_code == 2
-    assert "no part of the merged model: " in outcome.said
+    assert "not part of the merged model: " in outcome.said
     assert tree(desk) == before
     assert (desk / "model" / MARKER).is_file()
 

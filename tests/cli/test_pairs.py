@@ -91,7 +91,7 @@ def test_a_mapping_replaces_a_name_and_a_name_a_mapping(desk: Path, tiny_model_d
     [
         ("nowhere.json", "--pairing: cannot read nowhere.json"),
         ("text.json", "--pairing: cannot read text.json (Expecting value"),
-        ("twice.json", "--pairing: cannot read twice.json (key 'query' stands twice)"),
+        ("twice.json", "--pairing: cannot read twice.json (key 'query' appears twice)"),
         ("number.json", "--pairing: number.json holds a number. Allowed: a list of pairs, or an object of such lists"),
         ("overlap.json", "direction 1 is in the pairs [0, 1] and [1, 2]"),
         ("far.json", "direction 32 is listed, and 32 are kept in"),
@@ -137,4 +137,7 @@ def test_rounds_over_all_outputs_go_the_whole_way(desk: Path, tiny_model_dir: Pa
 def test_all_outputs_are_for_rotations_of_the_output_side(desk: Path, tiny_model_dir: Path) -> None:
     outcome = train(tiny_model_dir, "--method", "psoft", "--rank", "out")
     assert outcome.exit_code == 2
-    assert "adapter.rank: out keeps output directions that no input reaches; 'psoft' does not turn" in outcome.said
+    assert (
+        "adapter.rank: out keeps output directions that no input reaches; 'psoft' does not rotate only the output side"
+        in outcome.said
+    )

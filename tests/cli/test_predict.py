@@ -377,7 +377,7 @@ def test_streamed_rows_are_answered_in_their_order(run: Path, place: Path) -> No
         (("-d", "rows.csv", "--threshold", "0.2"), 2, "does not use it"),
         (("-d", "rows.csv", "-o", "a.txt"), 2, ".csv, .tsv, .jsonl, .parquet"),
         (("-d", "rows.csv", "-o", "rows.csv", "--overwrite"), 2, "it is the data that is read"),
-        (("-d", "rows.csv", "-o", "mine.csv"), 2, "is there already"),
+        (("-d", "rows.csv", "-o", "mine.csv"), 2, "already exists"),
         (("-d", "rows.csv", "-o", "mine.csv", "--overwrite"), 2, "so predict did not write it"),
         (("-d", "rows.csv", "-o", "a.csv", "--format", "jsonl"), 2, "--format: got jsonl, and a.csv is csv. Keep one"),
         (

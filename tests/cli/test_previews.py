@@ -48,7 +48,7 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     assert outcome.data["duplicated_rows"] == 1
     lines = outcome.stderr.splitlines()
     assert "as a LoRA: rank 8" in lines, "the least that servers take of 4 and more"
-    assert "  tokens of parts/train.csv (training rows): made for the first time" in lines
+    assert "  tokens of parts/train.csv (training rows): created for the first time" in lines
     assert "  1 validation row is also among the training rows" in lines
     assert "  2 test rows are also among the training rows" in lines
     assert "train classes: up 2 (67%), down 1 (33%)" in lines

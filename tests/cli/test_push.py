@@ -321,7 +321,7 @@ def test_links_are_not_followed(desk: Path, tmp_path: Path, source: str) -> None
     file.symlink_to(tmp_path / "elsewhere")
     done = mirrortune("push", tmp_path / source.split("/", maxsplit=1)[0], "me/x", cache=desk / "cache")
     assert done.exit_code == 5
-    assert "it is a link or no regular file, and is not sent" in done.said
+    assert "it is a link or not a regular file, and is not sent" in done.said
 
 
 def test_private_is_not_sent_to_a_public_repository(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_no_link_in_a_run_is_read_for_others(desk: Path, tmp_path: Path, command
     more = {"merge": ["-o", tmp_path / "out"], "push": ["me/x"], "report": []}[command]
     done = mirrortune(command, folder, *more, cache=desk / "cache")
     assert done.exit_code == 5, done.stderr
-    assert f"{name}: it is a link or no regular file" in done.said
+    assert f"{name}: it is a link or not a regular file" in done.said
     assert not (tmp_path / "out").exists()
     assert not (folder / "report.html").exists()
 
@@ -447,4 +447,4 @@ def test_curves_are_an_image(desk: Path, tmp_path: Path) -> None:
     shutil.copytree(desk / "run", tmp_path / "run")
     (tmp_path / "run" / "curves.png").write_text("PRIVATE KEY")
     done = mirrortune("push", tmp_path / "run", "me/x", cache=desk / "cache")
-    assert (done.exit_code, "curves.png: damaged (no PNG image)" in done.said) == (5, True), done.stderr
+    assert (done.exit_code, "curves.png: damaged (not a PNG image)" in done.said) == (5, True), done.stderr

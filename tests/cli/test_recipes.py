@@ -56,7 +56,7 @@ def test_a_copy_runs_and_knows_its_schema(desk: Path, tiny_model_dir: Path) -> N
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [("taken.yaml", "it is there already. Give another name, or --overwrite."), ("mine.yml.txt", "ends in .yaml")],
+    [("taken.yaml", "it already exists. Give another name, or --overwrite."), ("mine.yml.txt", "ends in .yaml")],
 )
 def test_nothing_is_overwritten_unasked(desk: Path, target: str, says: str) -> None:
     (desk / "taken.yaml").write_text("mine", encoding="utf-8")

@@ -35,7 +35,7 @@ def test_prepare_warns_of_rare_classes_and_of_a_majority(mail: Path, tiny_model_
 
     assert "  class weights: spam 7.14, ham 0.538" in said
     assert "warning: classes with under 10 examples in the training rows: spam 7" in said
-    assert "warning: always answering 'ham' has an accuracy of 0.950 on the validation rows" in said
+    assert "warning: always predicting 'ham' gives an accuracy of 0.950 on the validation rows" in said
 
 
 def test_prepare_says_nothing_of_equal_classes(desk: Path, tiny_model_dir: Path) -> None:

@@ -18,7 +18,7 @@ TASK = ["-t", "text-classification", "-d", "reviews.csv"]
     [
         (
             "train --lr 1 --learning-rate 2 --lr 3",
-            "--lr, --learning-rate: given 3 times, and takes one value.",
+            "--lr, --learning-rate: given 3 times, but takes one value.",
         ),
         ("train --max_steps 1 --max-steps 2", "--max-steps: given 2 times"),
         ("train -t glue/rte --task glue/mrpc", "-t, --task: given 2 times"),

@@ -211,7 +211,7 @@ def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
 def test_an_adapter_is_loaded_once(tmp_path: Path) -> None:
     mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path / "adapter")
     model = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"load_adapter: the model has an adapter already.*Load the base model anew"):
+    with pytest.raises(ConfigError, match=r"load_adapter: the model has an adapter already.*Load the base model again"):
         mirrortune.load_adapter(model, tmp_path / "adapter")
 
 
@@ -229,7 +229,7 @@ def test_a_model_that_an_attach_has_left_half_changed_is_refused(method: str, ra
     if method == "pissa":  # all weights are read before the first layer is changed
         mirrortune.attach(model, method=method, rank=rank)
         return
-    refused = "an earlier attach.* has failed and left the model half changed.*Load the base model anew"
+    refused = "an earlier attach.* has failed and left the model half changed.*Load the base model again"
     for use in (mirrortune.attach, mirrortune.AdapterBank):
         with pytest.raises(ConfigError, match=refused):
             use(model)  # type: ignore[operator]

@@ -258,7 +258,7 @@ class PeftAdapterFile(AdapterFile):
         layers, spec = description["layers"], fields["spec"]
         check_responses(description)
         if not isinstance(peft_config, dict):
-            raise ValueError(f"{peft_files.CONFIG_FILE} is no object")
+            raise ValueError(f"{peft_files.CONFIG_FILE} is not an object")
         largest = largest_count(layers, tensors)
         check_counts(peft_config.get(spec.preset.peft.rank), spec.options, largest)
         if problem := objection(peft_config, largest, spec.preset.peft.kind):

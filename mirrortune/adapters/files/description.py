@@ -85,7 +85,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
         description = strict_json(read_file(path))
         if not isinstance(description, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise VerificationError(
             str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
@@ -145,7 +145,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
     return value
 
 

@@ -404,7 +404,7 @@ def _other_base(adapter: AdapterFile, where: str, problem: str) -> VerificationE
         where,
         problem,
         allowed=f"{base['name']}{commit}, in {base['dtype']}" if base.get("name") else None,
-        fix="Load that base; an adapter of another base turns the wrong directions",
+        fix="Load that base; an adapter of another base rotates the wrong directions",
     )
 
 

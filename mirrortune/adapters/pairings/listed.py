@@ -60,9 +60,9 @@ def check_fit(given: PairLists, ranks: dict[str, int]) -> None:
         fix = "List pairs for them too, or leave them out with --target-modules"
         errors.append(ConfigError(_WHERE, f"no pairs are listed for {_some(without)}", fix=fix))
     if torn := next((name for name, found in keys.items() if len(found) > 1), None):
-        problem = f"layer {torn} is meant by {' and by '.join(map(repr, keys[torn]))}"
+        problem = f"layer {torn} matches {' and '.join(map(repr, keys[torn]))}"
         errors.append(
-            ConfigError(_WHERE, problem, fix="Give it a list under its whole name, which goes before patterns")
+            ConfigError(_WHERE, problem, fix="Give it a list under its full name, which takes precedence over patterns")
         )
     largest = {name: int(as_tensor(lists[found[0]]).max()) for name, found in keys.items() if found}
     if beyond := [name for name, direction in largest.items() if direction >= ranks[name]]:

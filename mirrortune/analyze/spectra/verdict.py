@@ -140,4 +140,4 @@ def _best_methods(curves: dict[str, Curve], num_weights: int) -> list[str]:
             found.append(f"{best} with {scores[best][0]:,} ({scores[best][1]:.1%})")
     if not found:
         return []
-    return [f"Most of the change per trained number, from small to large: {'; '.join(dict.fromkeys(found))}."]
+    return [f"Largest share of the change by number of trainable parameters: {'; '.join(dict.fromkeys(found))}."]

@@ -77,7 +77,7 @@ class FileCells:
                 fix="Copy the file into the folder, remove the row, or set data.contained=false",
             )  # fmt: skip
         if found.exists() and not found.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         return str(found)
 
     def size(self, row: int) -> int | None:

@@ -85,7 +85,7 @@ def _check(config: Mapping[str, Any]) -> None:
         errors.append(ConfigError("fp16", "it is not supported", allowed="train.precision: bf16 or fp32"))
     unknown = [*(set(config) - _DECIDED), *(f"zero_optimization.{k}" for k in set(zero) - _DECIDED_OF_ZERO)]
     errors += [
-        ConfigError(f"DeepSpeed config, {key}", "it is not known to leave results as they are", fix="Remove it")
+        ConfigError(f"DeepSpeed config, {key}", "it is not known to preserve results", fix="Remove it")
         for key in sorted(unknown)
     ]
     if errors:

@@ -126,5 +126,5 @@ def _exit_code(error: Any, count: int) -> int:
         return int(failure.exitcode)
     name = signal.Signals(-failure.exitcode).name
     raise MirrortuneError(
-        f"process {rank} of {count}", f"{name} has ended it", fix="Look for the out-of-memory killer; then --resume"
+        f"process {rank} of {count}", f"it was killed by {name}", fix="Look for the out-of-memory killer; then --resume"
     )

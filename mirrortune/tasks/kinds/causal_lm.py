@@ -143,7 +143,7 @@ class Task(TextTask, WritesText, Answers):
         if answer is not None:
             answer_format(answer)
             if loss_on == "all":
-                raise ConfigError("task.answer", "with task.loss_on=all, prompts and answers are not told apart",
+                raise ConfigError("task.answer", "with task.loss_on=all, prompts and answers are not distinguished",
                                   fix="Name the answers with --label-column, and remove task.loss_on")  # fmt: skip
         own = ("perplexity", "token_accuracy")
         chosen = scores.fields(("exact_match", *own), "written") if answer else scores.fields(own, "token")

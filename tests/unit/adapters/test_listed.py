@@ -96,7 +96,7 @@ def test_a_whole_name_goes_before_patterns_and_these_before_all_linear() -> None
         ({"key": [[0, 1]]}, ["no pairs are listed for encoder.0.query and 1 other layers."]),
         (
             {"query": [[0, 1]], "0.*": [[0, 1]]},
-            ["layer encoder.0.query is meant by 'query' and by '0.*'. Give it a list under its whole name"],
+            ["layer encoder.0.query matches 'query' and '0.*'. Give it a list under its full name"],
         ),
         ([[0, 8]], ["direction 8 is listed, and 8 are kept in encoder.1.query. Allowed: 0 to 7 in encoder.1.query."]),
         ([[0, 32]], ["direction 32 is listed, and 32 are kept in encoder.0.query and 2 other layers. Allowed: "]),

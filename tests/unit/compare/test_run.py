@@ -102,7 +102,7 @@ def test_files_of_others_in_the_folder_of_a_cell_are_kept(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("code", "says", "exit_code"),
     [
-        (-9, "data, mirror, lr 0.1, seed 0: its process was ended by SIGKILL. Give the same command again", 137),
+        (-9, "data, mirror, lr 0.1, seed 0: its process was killed by SIGKILL. Run the same command again", 137),
         (4, "data, mirror, lr 0.1, seed 0: no space left", 4),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_exit_code_of_a_stopped_comparison_names_the_signal(
         self._stopped.wait(30)
 
     monkeypatch.setattr(Comparison, "_run_cell", run_cell)
-    with pytest.raises(InterruptedRun, match="Give the same command again") as error:
+    with pytest.raises(InterruptedRun, match="Run the same command again") as error:
         comparison(tmp_path).run(1)
     assert error.value.exit_code == exit_code
 

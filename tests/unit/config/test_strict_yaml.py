@@ -47,8 +47,8 @@ def test_every_key_has_its_line() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: 1\nb: 2\na: 3\n", "r.yaml:3: key 'a' stands twice (first on line 1)"),
-        ("a:\n  b: 1\n  b: 2\n", "r.yaml:3: key 'a.b' stands twice (first on line 2)"),
+        ("a: 1\nb: 2\na: 3\n", "r.yaml:3: key 'a' appears twice (first on line 1)"),
+        ("a:\n  b: 1\n  b: 2\n", "r.yaml:3: key 'a.b' appears twice (first on line 2)"),
         ("a: [1\n", "r.yaml:2: not valid YAML"),
         ("a:\n\tb: 1\n", "r.yaml:2: not valid YAML"),
         ("a: 1\nb: \x07\n", "r.yaml:2: not valid YAML: character"),

@@ -21,7 +21,7 @@ from mirrortune.data.labels import class_indices, class_names, label_remarks
 )
 def test_classes_that_look_alike_are_warned_of(names: tuple[str, ...], shown: str) -> None:
     table = pa.table({"text": ["x"] * len(names), "label": names})
-    assert label_remarks(table, "label", names) == [f"warning: classes that are told apart, but look alike: {shown}"]
+    assert label_remarks(table, "label", names) == [f"warning: classes that differ but look alike: {shown}"]
 
 
 def test_many_classes_that_look_alike_are_warned_of_in_one_line() -> None:

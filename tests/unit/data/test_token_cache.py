@@ -70,17 +70,17 @@ def test_it_says_what_is_new(tmp_path: Path) -> None:
         cached_tokens(key, lambda: chunks([[1, 2], [3]], 1), said.append, num_rows=2)
         return said[-1].removeprefix("tokens of rows.csv (training rows): ")
 
-    assert ask() == "made for the first time"
+    assert ask() == "created for the first time"
     assert ask() == "from the cache"
-    assert ask(length="64") == "made again: length (128 before, 64 now) changed"
-    assert ask(length="64", data="b" * 64) == "made again: data changed"
-    assert ask(data="c" * 64) == "made again: data, length (64 before, 128 now) changed"
+    assert ask(length="64") == "recreated: length (128 before, 64 now) changed"
+    assert ask(length="64", data="b" * 64) == "recreated: data changed"
+    assert ask(data="c" * 64) == "recreated: data, length (64 before, 128 now) changed"
     assert ask() == "from the cache"
-    assert ask(**{"task code": "2.2"}) == "made again: task code (1.2 before, 2.2 now) changed"
+    assert ask(**{"task code": "2.2"}) == "recreated: task code (1.2 before, 2.2 now) changed"
     assert ask() == "from the cache"
     for entry in (cache_folder() / "tokens").rglob("*.safetensors"):
         entry.unlink()
-    assert ask() == "made again: the cache does not hold them"
+    assert ask() == "recreated: not in the cache"
 
 
 def test_every_part_has_a_name_that_a_user_knows() -> None:
@@ -166,10 +166,10 @@ def test_one_of_two_processes_makes_them_and_the_other_waits(
     other.join(120)
 
     assert (one.exitcode, other.exitcode, makes.value) == (0, 0, 1)
-    assert told == ["from the cache, where another process has just put them", "made for the first time"]
+    assert told == ["created for the first time", "from the cache, where another process has just put them"]
 
 
-@pytest.mark.parametrize("how", ["a bit", "of another key", "without digest", "another user's"])
+@pytest.mark.parametrize("how", ["a bit", "of another key", "without digest", "another user"])
 @pytest.mark.parametrize("mapped_from", [0, 1 << 20])
 def test_tokens_that_are_not_those_of_the_key_are_made_again(
     monkeypatch: pytest.MonkeyPatch, how: str, mapped_from: int
@@ -195,8 +195,8 @@ def test_tokens_that_are_not_those_of_the_key_are_made_again(
         path.chmod(0o666)
         monkeypatch.setattr(os, "geteuid", lambda: 4242)
     assert ask(KEY)["input_ids"].tolist() == [1, 2, 3]
-    assert ": made again: " in said[-1]
-    assert ("another user's" in said[-1]) == (how == "another user's")
+    assert ": recreated: " in said[-1]
+    assert ("another user" in said[-1]) == (how == "another user")
 
 
 def test_a_tokenizer_written_in_python_is_known_by_its_settings_and_not_by_its_folder(tmp_path: Path) -> None:

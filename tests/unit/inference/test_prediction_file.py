@@ -188,7 +188,7 @@ def test_rows_of_an_earlier_version_are_not_continued(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"task: another version of mirrortune read the rows \(version 2 of its code before, 3 now\)\. "
-        r"Continue with that version, or start again with --overwrite",
+        r"Continue with that version, or start over with --overwrite",
     ):
         parts.resume({"task": {"kind": "causal-lm", "version": 3}})
     parts.begin({"version of mirrortune": "0.1"}, overwrite=True)
@@ -230,7 +230,7 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, kept: int) -> None:
 def test_a_damaged_record_of_the_parts_is_said(tmp_path: Path) -> None:
     parts = parts_of(tmp_path / "a.csv", [pa.table({"prediction": ["a"]})])
     (parts.folder / "state.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"is damaged. Start again with --overwrite"):
+    with pytest.raises(ConfigError, match=r"is damaged. Start over with --overwrite"):
         parts.resume({"rows": 3})
     parts.begin({"rows": 3}, overwrite=True)
 

@@ -177,7 +177,8 @@ def test_an_output_folder_that_holds_anything_is_refused(tiny_model_dir: Path, t
     with pytest.raises(ConfigError, match="--overwrite"):
         merge(tmp_path / "adapter", target)
     with pytest.raises(
-        ConfigError, match=r"also holds what is no part of the merged model: notes\.txt\. Move it elsewhere"
+        ConfigError,
+        match=r"also contains files or folders that are not part of the merged model: notes\.txt\. Move it elsewhere",
     ):
         merge(tmp_path / "adapter", target, overwrite=True)
     (target / "notes.txt").unlink()

@@ -126,7 +126,7 @@ def test_without_a_folder_pooling_is_that_of_sentence_transformers(folder: Path,
          "transformer_task is 'fill-mask', which is not applied here"),
         *(({"modules_json": [TRANSFORMER, POOLING], "1_Pooling__config_json": {},
             "sentence_bert_config_json": {"modality_config": damaged}},
-           r"sentence_bert_config\.json: damaged \(its modality_config is no object\)")
+           r"sentence_bert_config\.json: damaged \(its modality_config is not an object\)")
           for damaged in ("text", {"text": "x"})),
         ({"modules_json": [TRANSFORMER, POOLING], "1_Pooling__config_json": {},
           "config_sentence_transformers_json": {"prompts": {"q": "a"}, "default_prompt_name": ["q"]}},

@@ -74,7 +74,7 @@ def test_texts_are_written_in_one_line_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["pipe", "/dev/null", "/dev/zero"])
 def test_predictions_go_to_no_pipe_and_no_device(tmp_path: Path, place: str) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="is no regular file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         prediction_file(tmp_path / place, "test", {})
 
 

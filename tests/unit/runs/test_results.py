@@ -135,7 +135,7 @@ def test_other_data_is_refused_and_the_error_says_what_changed(
 ) -> None:
     run.write_json("environment.json", {"data": DATA | {"media": {"sha256": {"train": "90"}}}})
 
-    with pytest.raises(ConfigError, match=rf"the data is not that of the run: {says}.*start anew with --over"):
+    with pytest.raises(ConfigError, match=rf"the data is not that of the run: {says}.*start over with --over"):
         check_same_data(Mock(data_origin=DATA | {"media": {"sha256": {"train": "90"}}} | now), run, Mock())
 
 

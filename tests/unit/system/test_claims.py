@@ -133,7 +133,7 @@ def test_what_is_no_claim_is_left_alone(
     else:
         os.mkfifo(place)
     before = tree(tmp_path)
-    with pytest.raises(ResourceError, match="it is no claim of ours"), claimed(tmp_path / "x"):
+    with pytest.raises(ResourceError, match="it is not one of mirrortune's lock files"), claimed(tmp_path / "x"):
         pass
     assert tree(tmp_path) == before
 

@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(pair: Pair) -> None:
 def test_a_gradient_that_is_not_finite_ends_a_run_before_its_step(pair: Pair) -> None:
     main, other = (found["diverged"] for found in pair.found)
     assert main["said"].startswith("step 5: the training loss is ")
-    assert "the gradient norm nan; the step was not made, and the last good checkpoint is" in main["said"]
+    assert "the gradient norm nan; the step was not taken, and the last good checkpoint is" in main["said"]
     assert "step-000003" in main["said"]
     assert main["step"] == other["step"] == 4  # neither that step nor the one after it
 

@@ -61,7 +61,7 @@ def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.abilities()
 
     assert found["bf16"] == "slow (3.2 times as long as fp32)"
-    assert found["flash attention"] == "no (flash_attention_2 runs on CUDA GPUs alone, got cpu)"
+    assert found["flash attention"] == "no (flash_attention_2 runs only on CUDA GPUs, got cpu)"
     assert found["8-bit and 4-bit weights"] == "no (pip install 'mirrortune[quantised]')"
 
 

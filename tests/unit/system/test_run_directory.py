@@ -400,7 +400,7 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
     run.check(overwrite=True, resume=False)
     run.check(overwrite=False, resume=True)
     (run.path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"no part of the run: notes\.txt\. Move it elsewhere"):
+    with pytest.raises(ConfigError, match=r"not part of the run: notes\.txt\. Move it elsewhere"):
         run.check(overwrite=True, resume=False)
 
 

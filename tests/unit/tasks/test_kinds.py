@@ -73,7 +73,7 @@ def test_rows_from_the_cache_of_tokens_have_the_places_of_their_own_split() -> N
     assert encoded(*rows, blank).split_rows.tolist() == [0, 1, 2]
     assert encoded(*rows).split_rows.tolist() == [0, 1, 2]
     assert encoded(blank, *rows, answer="gsm8k").expected == ("1", "2", "3")
-    assert [line.rpartition(": ")[2] for line in told] == ["made for the first time", *["from the cache"] * 3]
+    assert [line.rpartition(": ")[2] for line in told] == ["created for the first time", *["from the cache"] * 3]
 
 
 def test_several_classes_are_written_side_by_side(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_is_not_made(tmp_path: Path, value: float, due
     message = str(caught.value)
     assert caught.value.exit_code == 2
     assert message.startswith("step 6: the training loss is")
-    assert "the step was not made" in message
+    assert "the step was not taken" in message
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-000004'}" in message
     assert "--lr" in message
     assert trainer.run.saved_steps() == [4]
