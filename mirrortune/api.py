@@ -65,31 +65,37 @@ def attach(
     also_train: str | Sequence[str] = (),
     **core_options: Any,
 ) -> M:
-    """Attach an adapter to ``model``: add cores to its linear layers and freeze everything else except the task head.
+    """Attach an adapter to ``model`` in place, and freeze all other parameters except the task head.
+
+    The weight (out, in) of every adapted layer is factored as U diag(S) Vh, and the layer computes with
+    W' = W + U_r (K - diag(S_r)) Vh_r; only the parameters of the core K are trained, in float32. ``docs/methods.md``
+    defines K for each method and cites the papers. For PEFT's tuners, PEFT adds its own layers.
 
     Args:
-        model: transformers model, or any torch module.
+        model: transformers model, or any torch module, with its weights loaded and without an adapter.
         method: name of a method from ``mirrortune.adapters.methods.method_names()``, such as ``mirror``.
-        rank: number of leading singular directions, ``"full"`` for min(out, in), or ``"out"`` for the number of
-            outputs. For a PEFT tuner and the LoRA branch of ``speclora``, their r. None for the method's default.
-        pairing: which directions rotate together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
+        rank: number r of leading singular directions, at least 1; a layer with fewer directions uses all of them.
+            ``"full"`` is min(out, in), ``"out"`` the number of outputs. For a PEFT tuner and the LoRA branch of
+            ``speclora``, their r. None for the method's default.
+        pairing: directions that rotate together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
             (for several rounds, a list of such lists), or a dict of lists by layer name or pattern. None for the
             method's default.
         target_modules: ``all-linear``, ``all-layers`` (includes convolutions), or a regular expression for layer names,
             which may match from any dot on, or a list of such expressions.
-        seed: seed of random pairs and positions.
+        seed: seed of random pairs and positions, from 0 to 2**63 - 1.
         split: fused layers whose parts get separate bases, by a regular expression for their names: ``{"c_attn": 3}``,
             ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` if each of 12 heads has
             its own q, k and v.
-        also_train: parameters of the model that are trained as they are, beside the adapter: ``norms``, ``biases``,
-            ``embeddings``, or regular expressions for names of parameters or of modules; one, or a list.
+        also_train: parameters of the base model to train directly, besides the adapter: ``norms``, ``biases``,
+            ``embeddings``, or a regular expression for names of parameters or modules; one entry or a list.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
 
     Returns:
-        ``model``, in which only trained parameters require gradients.
+        ``model`` itself; only the trained parameters require gradients.
 
     Raises:
-        ConfigError: a name is unknown, the rank or pairs do not fit, or no layer matches.
+        ConfigError: a name is unknown, a value has a wrong type or range, the rank or pairs do not fit, no layer
+            matches, or the model is wrapped, on the meta device, or has an adapter already.
     """
     check_unwrapped(model, "attach")
     _check_has_values(model, "attach")
@@ -135,10 +141,10 @@ def save_adapter(
             unless the basis cannot be recomputed exactly, or recomputing takes minutes (large matrices) and no layer
             uses more than an eighth of its directions.
         repository: Hub id, ``name`` or ``owner/name``; the repository is created if it does not exist. A ``README.md``
-            in ``directory`` that a person has written is sent as its model card.
+            in ``directory`` that was written by hand is sent as its model card.
         revision: existing branch of the repository.
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
-        replace_card: replace a model card in the repository that a person has written or edited; by default it is kept,
+        replace_card: replace a model card in the repository that was written or edited by hand; by default it is kept,
             with a warning.
 
     Raises:
@@ -188,22 +194,28 @@ def load_adapter(
     subfolder: str | None = None,
     force_base: bool = False,
 ) -> M:
-    """Attach the adapter in ``directory`` to its base ``model``, whose configuration gets the classes of its head.
+    """Attach a saved adapter to its base ``model`` in place, and set the class names of its head in ``model.config``.
+
+    The adapter reproduces the trained change to rounding, or an error is raised.
 
     Args:
-        model: base model from any source; it is identified by the values of its weights. Its embeddings are made longer
-            for an adapter with new tokens.
+        model: base model from any source; it is identified by the values of its weights. For an adapter with new
+            tokens, its embeddings are resized.
         directory: adapter folder, run directory, or Hub id.
         revision: branch, tag or commit of a Hub repository.
         subfolder: subfolder of the folder or the repository.
         force_base: dangerous: accept a base with different weights, with a warning.
 
     Returns:
-        ``model``, with the adapter attached.
+        ``model`` itself, with the adapter attached.
 
     Raises:
-        ConfigError: the model has an adapter already, or is in a bank.
+        ConfigError: the model has an adapter already, is wrapped, or is in a bank.
         VerificationError: the base is not that of the adapter, a basis cannot be aligned, or a file is damaged.
+        HubError: the download failed.
+
+    Example:
+        >>> mirrortune.load_adapter(model, "me/adapters", revision="v1", subfolder="sst2")  # doctest: +SKIP
     """
     check_unwrapped(model, "load_adapter")
     check_plain(model, "load_adapter")
@@ -238,8 +250,8 @@ def check_saved_whole(model: nn.Module) -> None:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ConfigError(
             "model", f"parameters outside the adapter require gradients, and an adapter would not hold them: {shown}",
-            fix="Name them at the start with attach(..., also_train=[...]); or freeze them with requires_grad_(False), "
-            "and what they have learned is not saved",
+            fix="Name them when attaching, attach(..., also_train=[...]), or freeze them with requires_grad_(False), "
+            "which leaves their changes unsaved",
         )  # fmt: skip
 
 
@@ -292,17 +304,20 @@ def merge_adapter(
         output_dir: new or empty folder to write to.
         format: ``"hf"`` for plain weights in transformers' layout, ``"lora"`` for a LoRA in PEFT's format, ``"gguf"``
             for a LoRA in llama.cpp's format.
-        rank: number of directions to keep with ``"lora"`` and ``"gguf"``; None for all.
+        rank: rank of the LoRA for ``"lora"`` and ``"gguf"``, at least 1: the best approximation of that rank is kept;
+            None for the full rank of the change.
         revision: branch, tag or commit of the adapter's Hub repository.
         subfolder: subfolder of the adapter's folder or repository.
         force_base: dangerous: accept a base with different weights, with a warning.
 
     Returns:
-        The verification: ``max_abs_logit_error`` (over logits or other outputs of the model; None if no valid inputs
-        are known), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
+        The fields of the verification. For ``"hf"``: ``max_abs_logit_error``, over logits or other outputs of the model
+        (None if no valid inputs are known), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
 
     Raises:
-        VerificationError: the result is out of tolerance, and nothing is written; or base and adapter do not match.
+        ConfigError: an argument is invalid, or ``output_dir`` is not empty.
+        VerificationError: base and adapter do not match, or the result is out of tolerance; nothing is written.
+        HubError: a download failed.
     """
     for name, given in (("base", base), ("adapter", adapter)):
         if not (isinstance(given, str | os.PathLike) or (given is None and name == "base")):
@@ -330,7 +345,11 @@ def merge_adapter(
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Return the number of trained parameters of an adapted ``model``, without the task head, as papers count them."""
+    """Return the number of trainable parameters of an adapted ``model``, excluding the task head, as papers count them.
+
+    Raises:
+        ConfigError: the model has no adapter.
+    """
     return inject.trainable_parameters(unwrapped(model))
 
 

@@ -21,12 +21,15 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
     Args:
         trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer``, or another subclass of the former.
 
+    Returns:
+        A subclass of ``trainer_class`` with the same arguments.
+
     Example:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
 
     Raises:
-        ConfigError: ``trainer_class`` is no such class. Raised by ``train`` if the model has no adapter, or parameters
-            require gradients that no adapter would hold.
+        ConfigError: ``trainer_class`` is not such a class. Raised by ``train`` if the model has no adapter, or if
+            parameters require gradients that no adapter would hold.
         VerificationError: raised by ``train`` if it resumes from a checkpoint of another adapter or base.
     """
     import transformers  # noqa: PLC0415

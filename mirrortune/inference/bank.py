@@ -89,7 +89,7 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order of addition."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._entries)
 
     def __len__(self) -> int:
@@ -146,8 +146,8 @@ class AdapterBank:
     def num_labels(self, name: str) -> int | None:
         """Return the number of outputs of an adapter's head, or None without a head.
 
-        If rows of a batch have different numbers of classes, the logits have the largest of these widths and are minus
-        infinity in the columns that a row does not have. ``logits[i, : bank.num_labels(name)]`` are those of row i.
+        If rows of a batch have different numbers of classes, the logits are (rows, largest number), padded with minus
+        infinity; ``logits[i, : bank.num_labels(name)]`` are those of row i.
         """
         return self._entry(name).structure.num_labels
 
@@ -166,8 +166,8 @@ class AdapterBank:
             names: one name or None for each row of the batch.
 
         Raises:
-            ConfigError: a name is unknown, or there are none. Raised by the model inside the context if a batch has
-                another number of rows.
+            ConfigError: a name is unknown, or the list is empty. Raised by the model inside the context if a batch
+                has a different number of rows.
         """
         self._check_open()
         if isinstance(names, str) or not (names := list(names)):
