@@ -381,7 +381,7 @@ def _whole(value: T) -> T | int:
 
 def _one_pattern(entries: tuple[str, ...]) -> str:
     if len(entries) > 1 and (words := [entry for entry in entries if entry in ("all-linear", "all-layers")]):
-        problem = f"'{words[0]}' stands alone, got it in a list of {len(entries)}"
+        problem = f"'{words[0]}' cannot be combined with others, got it in a list of {len(entries)}"
         raise ConfigError("target_modules", problem, fix="Give it alone, or patterns for names")
     return "|".join(entries)
 

@@ -84,7 +84,7 @@ def _trained(target: str, folder: Path, settings: EvaluationSettings, reporter: 
 
 def _no_language_model(target: str, kind: str) -> ConfigError:
     fix = "Score it with mirrortune eval"
-    return ConfigError(target, f"it was trained for {kind}, and answers no messages", allowed=_KIND, fix=fix)
+    return ConfigError(target, f"it was trained for {kind} and cannot answer messages", allowed=_KIND, fix=fix)
 
 
 def _wanted(format: str | None, *, has_template: bool) -> str:
@@ -105,7 +105,9 @@ def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: 
     if recipe.task.kind not in (None, _KIND):
         raise _no_language_model(target, recipe.task.kind)
     if any(name.endswith("ForMaskedLM") for name in getattr(source.config, "architectures", None) or ()):
-        raise ConfigError(target, "it fills masked words, and writes no text", allowed="a causal language model")
+        raise ConfigError(
+            target, "it fills in masked words and does not generate text", allowed="a causal language model"
+        )
     tokenizer = load_tokenizer(source)
     form = _form(recipe, has_template=has_template(tokenizer))
     if form == "chat" and recipe.task.format is None and recipe.data.path is not None:

@@ -250,7 +250,7 @@ def check_class(adapter: AdapterFile) -> None:
     """Raise ConfigError for an adapter whose base is not a transformers model or was not loaded as one."""
     name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
     if not is_model_class(name) or dtype not in DTYPES:
-        problem = f"its base is a '{name}' in {dtype}, which is not a model that transformers loads here"
+        problem = f"its base is a '{name}' in {dtype}, which transformers cannot load here"
         raise ConfigError(str(adapter.folder), problem, fix="Use it in Python, with load_adapter")
 
 

@@ -228,7 +228,9 @@ def check_files(folder: Path, report: dict[str, Any]) -> list[str]:
     except ConfigError as error:
         raise VerificationError(error.where, error.problem, fix="Merge again") from error
     if not isinstance(digests, dict):
-        return ["the merge recorded no hashes of its files, so their values are not compared; merge again for that"]
+        return [
+            "the merge recorded no hashes of its files, so their values are not compared; merge again to record them"
+        ]
     changed = sorted(n for n in names & digests.keys() - {CARD} if sha256_of(regular_file(folder, n)) != digests[n])
     if found := [name for name in changed if ".safetensors" in name]:
         problem = f"it was changed after the merge was verified: its hash is not the one in {REPORT}"

@@ -143,7 +143,7 @@ class MergePlan:
             found = self.shared().layer(layer, weight, bias)
         if found is None:
             is_known = bool(adapter.responses[layer])
-            why = "of more than its own weight" if is_known else "in a way that the file does not allow to check"
+            why = "of more than its own weight" if is_known else "in a way that cannot be checked from the file"
             raise NotTensorByTensor(f"method '{adapter.spec.method}' makes '{layer}' {why}")
         return found, before
 
@@ -272,7 +272,7 @@ def _planned(
             raise NotTensorByTensor(f"'{name}' was trained in another shape")
         if name in trained or name in adapted:
             if not is_right and name in adapted:
-                raise NotTensorByTensor(f"the files hold '{name}' otherwise than the model")
+                raise NotTensorByTensor(f"the files hold '{name}' differently from the model")
             # The change of an adapter would be lost in 8 bits.
             own = found.code if found and is_right and not found.code.startswith("F8") else code
             planned[name] = PlannedTensor(name=name, code=own, shape=shape, place=found.path if found else None)
@@ -325,7 +325,7 @@ def _direct_tensors(
             continue
         held = next((twin for twin in names.get(rows.weight, ()) if twin in stored), None)
         if held is None or stored[held].shape[0] < rows.first:
-            raise NotTensorByTensor(f"the files hold '{rows.weight}' otherwise than the model")
+            raise NotTensorByTensor(f"the files hold '{rows.weight}' differently from the model")
         yield rows.weight, rows.put(tensor, value_of(stored[held]))
 
 
@@ -364,7 +364,7 @@ def _adapted(
             if not here:
                 raise NotTensorByTensor(f"the files hold no '{tensors[0]}'")
             if stored[here[0]].shape != adapter.layouts[layer].shape:
-                raise NotTensorByTensor(f"the files hold '{here[0]}' otherwise than the model")
+                raise NotTensorByTensor(f"the files hold '{here[0]}' differently from the model")
             biases = [name.removesuffix("weight") + "bias" for name in here] if adapter.peft_config else []
             for name in (*here, *(bias for bias in biases if bias in stored)):
                 own.setdefault(name, []).append(layer)

@@ -73,7 +73,7 @@ class Verification:
 
     def describe(self) -> str:
         """Return the result as one line."""
-        outputs = f"outputs were not compared, the model takes no inputs that are known here ({self.not_compared})"
+        outputs = f"outputs were not compared, no valid inputs are known for the model ({self.not_compared})"
         if self.max_abs_logit_error is not None:
             outputs = f"outputs differ by at most {self.max_abs_logit_error:.1e} (allowed {self.tolerance:.1e})"
         return (

@@ -40,7 +40,7 @@ def load_errors(name: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"model '{name}'", "its weights are a pickle that holds more than tensors, and would run code when loaded",
-            allowed="safetensors, or a pickle of tensors alone",
+            allowed="safetensors, or a pickle of only tensors",
             fix="Take a revision with safetensors (--revision), or open it where you trust it and save_pretrained it",
         ) from error  # fmt: skip
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, struct.error, EOFError) as error:

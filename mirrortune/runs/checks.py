@@ -358,7 +358,7 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
         errors += _unused_settings(recipe)
         count = recipe.eval.samples
         if count and not issubclass(task_class(kind), WritesText):
-            errors.append(ConfigError("eval.samples", f"{kind} writes no text, got {count}", fix="Remove it"))
+            errors.append(ConfigError("eval.samples", f"{kind} does not generate text, got {count}", fix="Remove it"))
         errors += _token_problems(recipe, spec)
     classes = ClassSettings(**_common(ClassSettings, recipe.train))
     errors += setting_problems(classes, kind, is_streamed=recipe.data.streaming)
@@ -405,7 +405,7 @@ def check_noise(recipe: Recipe) -> None:
     if kind in task_kinds() and "packing" not in settings_of(kind):
         raise ConfigError("train.neftune_alpha", f"it is for language models, got {kind}", fix="Remove it")
     if recipe.train.compile:
-        raise ConfigError("train.neftune_alpha", "it was not tried with --compile", fix="Leave one of them out")
+        raise ConfigError("train.neftune_alpha", "it is untested with --compile", fix="Leave one of them out")
 
 
 def _token_problems(recipe: Recipe, spec: AdapterSpec) -> list[ConfigError]:

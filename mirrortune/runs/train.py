@@ -187,7 +187,7 @@ def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: 
         sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
         sync.from_main(accelerator, lambda: check_same_targets(job, resumed))
     if Sharding.of(accelerator).stage and job.source.is_quantised:
-        raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
+        raise ConfigError("model.load_in", "DeepSpeed is untested with quantised weights", fix="Use ddp")
     return job
 
 
@@ -233,12 +233,12 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
                                   allowed="another method", fix="Use ddp")  # fmt: skip
             raise ConfigError("adapter.form", problem, allowed="auto or compact")
         if sharding.library and settings.loop.optimizer != "adamw":
-            problem = f"{settings.loop.optimizer} was not tried under {sharding.name}"
+            problem = f"{settings.loop.optimizer} is untested under {sharding.name}"
             raise ConfigError("train.optimizer", problem, allowed="adamw", fix="Use ddp")
         if sharding.library and settings.loop.neftune_alpha is not None:
-            raise ConfigError("train.neftune_alpha", f"it was not tried under {sharding.name}", fix="Use ddp")
+            raise ConfigError("train.neftune_alpha", f"it is untested under {sharding.name}", fix="Use ddp")
         if sharding.library and settings.data.add_tokens:
-            raise ConfigError("data.add_tokens", f"it was not tried under {sharding.name}", fix="Use ddp")
+            raise ConfigError("data.add_tokens", f"it is untested under {sharding.name}", fix="Use ddp")
 
     sync.from_main(accelerator, check)
     return accelerator

@@ -53,5 +53,5 @@ def compile_model(model: nn.Module, accelerator: Any) -> None:
         ConfigError: the parameters of the model are sharded.
     """
     if library := Sharding.of(accelerator).library:
-        raise ConfigError("--compile", f"it does not go with {library}", fix="Leave --compile out, or use ddp")
+        raise ConfigError("--compile", f"it does not work with {library}", fix="Leave --compile out, or use ddp")
     model.compile()

@@ -56,7 +56,7 @@ def resolve_precision(asked: str) -> str:
     if asked == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         raise ResourceError("train.precision", "this GPU has no bf16", fix="Use --precision fp16 or fp32")
     if asked == "fp16" and default_device().type == "mps":
-        raise ResourceError("train.precision", "fp16 was not tried on MPS", fix="Use --precision fp32")
+        raise ResourceError("train.precision", "fp16 is untested on MPS", fix="Use --precision fp32")
     if asked == "fp16" and _is_sharded():
         raise ResourceError(
             "train.precision", "gradients are not scaled under FSDP and DeepSpeed, which fp16 needs",

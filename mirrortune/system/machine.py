@@ -80,7 +80,7 @@ def abilities() -> dict[str, str]:
     else:
         slowdown = bfloat16_slowdown() if device.type == "cpu" else 1.0
         bf16 = "yes" if slowdown < 1 else f"slow ({slowdown:.1f} times as long as fp32)"
-        fp16 = "no (not tried on MPS)" if device.type == "mps" else "slow (a CPU has no units for it)"
+        fp16 = "no (untested on MPS)" if device.type == "mps" else "slow (a CPU has no units for it)"
     return {
         "bf16": bf16,
         "fp16": fp16,

@@ -181,7 +181,7 @@ def table(found: dict[str, Any]) -> str:
         return f"{statistics.median(a[clock] / b[clock] for a, b in zip(seconds[name], seconds[to], strict=True)):.2f}"
 
     whole = [name for name in RUNS if seconds[name]]
-    lines = ["| run | processor | clock | in units of padded | of dynamic |", "|---|---|---|---|---|"]
+    lines = ["| run | CPU time | wall time | relative to padded | relative to dynamic |", "|---|---|---|---|---|"]
     for name in whole:
         cells = [f"{median(name, 'cpu'):.1f} s", f"{median(name, 'wall'):.1f} s"]
         cells += [f"{ratio(name, to, 'cpu')} ({ratio(name, to, 'wall')})" for to in ("padded", "dynamic")]
@@ -189,12 +189,12 @@ def table(found: dict[str, Any]) -> str:
     start, bare = STARTS
     lines += [
         "",
-        "Ratios of processor time (of the time on the clock in brackets), medians of the turns' ratios.",
-        f"From the command to the first step, caches warm: {median(start, 'cpu'):.1f} s of processor time "
-        f"({median(start, 'wall'):.1f} s on the clock), {ratio(start, bare, 'cpu')} ({ratio(start, bare, 'wall')}) "
-        f"times importing torch and transformers and loading the model ({median(bare, 'cpu'):.1f} s).",
-        f"{found['rows']:,} rows, {len(seconds['ours'])} turns ({len(seconds[start])} of starts). {found['hardware']}; "
-        f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}.",
+        "Ratios of CPU time (of wall time in parentheses): medians over repetitions.",
+        f"From the command to the first step, with warm caches: {median(start, 'cpu'):.1f} s of CPU time "
+        f"({median(start, 'wall'):.1f} s of wall time), {ratio(start, bare, 'cpu')} ({ratio(start, bare, 'wall')}) "
+        f"times as long as importing torch and transformers and loading the model ({median(bare, 'cpu'):.1f} s).",
+        f"{found['rows']:,} rows, {len(seconds['ours'])} repetitions ({len(seconds[start])} of starts). "
+        f"{found['hardware']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
 

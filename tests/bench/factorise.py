@@ -172,18 +172,19 @@ def table(found: dict[str, Any]) -> str:
     """The results in Markdown."""
     done, cores = found["whole"], found["cores"]
     shapes = next(iter(found["ways"].values()))["seconds"]
-    lines = [f"| way | {' | '.join(shapes)} | all {done['of']} | residual | orthogonality |"]
+    lines = [f"| method | {' | '.join(shapes)} | all {done['of']} | residual | orthogonality |"]
     lines.append("|" + "---|" * (4 + len(shapes)))
     for way, row in found["ways"].items():
         each = " | ".join(f"{seconds:.3f} s" for seconds in row["seconds"].values())
         lines.append(f"| {way} | {each} | {row['all']:.1f} s | {row['residual']:.0e} | {row['orthogonality']:.0e} |")
-    kind = "Processor seconds of one thread" if found["device"] == "cpu" else "Seconds on the clock"
-    lines += ["", f"{kind}. Asked for: a residual of 1e-12, orthogonality of 1e-8."]
+    kind = "CPU seconds of one thread" if found["device"] == "cpu" else "Wall-clock seconds"
+    lines += ["", f"{kind}. Required: a residual of 1e-12 and an orthogonality error of 1e-8."]
     if found["clock"]:
         each = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in found["clock"].items())
-        lines.append(f"On the clock, {found['count']} of {next(iter(shapes))} on {cores} cores: {each}.")
+        shape = " x ".join(map(str, next(iter(shapes))))
+        lines.append(f"Wall time of {found['count']} matrices of {shape} on {cores} cores: {each}.")
     lines.append(
-        f"On the clock, {done['count']} of the {done['of']} into an empty cache, {cores} cores (load "
+        f"Wall time of {done['count']} of the {done['of']} matrices into an empty cache, {cores} cores (load "
         f"{found['load']:.1f}) and {found['device']}: {done['seconds']:.1f} s; read back and checked in "
         f"{done['again_seconds']:.1f} s."
     )

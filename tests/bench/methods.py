@@ -123,7 +123,7 @@ def table(found: dict[str, Any]) -> str:
         return f"{row[key] / reference[key]:.2f}" if row.get(key) and reference.get(key) else ""
 
     lines = [
-        "| method | trained | adapter | step | of frozen | saved activations | peak memory | merge |",
+        "| method | trainable parameters | adapter | step | step / frozen | saved activations | peak memory | merge |",
         "|" + "---|" * 8,
     ]
     for name, row in methods.items():
@@ -138,7 +138,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Step, activations and memory in units of {REFERENCE}: {reference['step_seconds']:.3f} s a step "
+        f"Step, activations and memory relative to {REFERENCE}: {reference['step_seconds']:.3f} s per step "
         f"({found['clock']} clock), {reference['saved_bytes'] / 1e6:,.0f} MB saved"
         + (f", {reference['peak_bytes'] / 1e6:,.0f} MB at the peak." if reference.get("peak_bytes") else "."),
         (

@@ -79,13 +79,13 @@ def table(results: dict[str, Any]) -> str:
         "factors, or A and B, GiB": lambda f: f"{f['factors'] / GIB:.2f}",
         "trainable parameters": lambda f: f"{f['trained']:,.0f}",
         "gradients and optimizer, MiB": lambda f: f"{(f['gradients'] + f['optimizer']) / 2**20:,.1f}",
-        "activations of a token, KiB": lambda f: f"{f['activations'] / results['length'] / 1024:,.0f}",
-        "products of a token, GFLOP": lambda f: f"{f['flops'] / 1e9:.0f}",
+        "activations per token, KiB": lambda f: f"{f['activations'] / results['length'] / 1024:,.0f}",
+        "matrix products per token, GFLOP": lambda f: f"{f['flops'] / 1e9:.0f}",
     }
     lines += [f"| {name} | " + " | ".join(of(results[n]) for n in names) + " |" for name, of in rows.items()]
     lines += [
         "",
-        "| GPUs | " + " | ".join(f"{shown[n]}: held | received a step" for n in names) + " |",
+        "| GPUs | " + " | ".join(f"{shown[n]}: held | received per step" for n in names) + " |",
         "|---|" + "---|" * 4,
     ]
     for count in GPUS:
@@ -95,10 +95,10 @@ def table(results: dict[str, Any]) -> str:
     ddp = {n: on_gpus(results[n], 64)["received_ddp"] / 2**20 for n in names}
     lines += [
         "",
-        f"FSDP2, one row of {results['length']:,} tokens a GPU, without activation checkpointing; held and received by "
-        "each. Where a copy of the base fits on every GPU, "
-        f"DDP receives {ddp['mirror']:.1f} MiB a step ({ddp['lora']:,.0f} for LoRA).",
-        "Counted without a GPU, by a rehearsal of 2 and of 4 of the 80 blocks; no time is known from it.",
+        f"FSDP2, one row of {results['length']:,} tokens per GPU, without activation checkpointing; memory held and "
+        "data received by each GPU. Where a copy of the base fits on every GPU, "
+        f"DDP receives {ddp['mirror']:.1f} MiB per step ({ddp['lora']:,.0f} for LoRA).",
+        "Calculated without a GPU, by simulating 2 and 4 of the 80 blocks; it says nothing about time.",
     ]
     return "\n".join(lines) + "\n"
 

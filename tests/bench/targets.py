@@ -40,8 +40,8 @@ class Target:
             value = self.read(results[self.part])
         except (KeyError, TypeError, ZeroDivisionError, statistics.StatisticsError):
             return [self.line, self._aim(), "", "not measured"]
-        is_held = value < self.aim if self.is_strict else value <= self.aim
-        verdict = ("held" if is_held else "missed") if is_judged else "too short to tell"
+        is_met = value < self.aim if self.is_strict else value <= self.aim
+        verdict = ("met" if is_met else "missed") if is_judged else "too short to tell"
         return [self.line, self._aim(), f"{value:.3g}", verdict]
 
     def _aim(self) -> str:
@@ -67,29 +67,30 @@ def _runs(name: str, to: str, clock: str) -> Callable[[Results], float]:
 def _of_steps(part: str, where: str) -> list[Target]:
     """What is asked of a training step."""
     found = [
-        Target(part=part, line=f"step at rank 64, of LoRA's ({where})", aim=1.0, read=_steps("mirror r=64", REFERENCE)),
-        Target(part=part, line=f"saved activations at rank 64, of LoRA's ({where})", aim=0.75,
+        Target(part=part, line=f"step at rank 64 relative to LoRA ({where})", aim=1.0,
+               read=_steps("mirror r=64", REFERENCE)),
+        Target(part=part, line=f"saved activations at rank 64 relative to LoRA ({where})", aim=0.75,
                read=_saved("mirror r=64")),
     ]  # fmt: skip
     for other in ("dora r=8", "oft", "boft", "hra r=8"):
-        found.append(Target(part=part, line=f"step at full rank, of {other}'s ({where})", aim=1.0, is_strict=True,
+        found.append(Target(part=part, line=f"step at full rank relative to {other} ({where})", aim=1.0, is_strict=True,
                             read=_steps("mirror", other)))  # fmt: skip
     return found
 
 
 def _of_full_rank(part: str, where: str, aim: float) -> Target:
     """All directions against all weights: the gradient of all directions takes as much as that of the weight."""
-    line = f"step at full rank, of the full fine-tune's ({where})"
+    line = f"step at full rank relative to full fine-tuning ({where})"
     return Target(part=part, line=line, aim=aim, read=_steps("mirror", "full"))
 
 
 def _of_runs(clock: str) -> list[Target]:
     return [
-        Target(part="end-to-end", line="whole run, of Trainer + LoRA, padded", aim=0.6,
+        Target(part="end-to-end", line="whole run relative to Trainer + LoRA, padded", aim=0.6,
                read=_runs("ours", "padded", clock)),
-        Target(part="end-to-end", line="whole run, of Trainer + LoRA, dynamic padding", aim=0.9,
+        Target(part="end-to-end", line="whole run relative to Trainer + LoRA, dynamic padding", aim=0.9,
                read=_runs("ours", "dynamic", clock)),
-        Target(part="end-to-end", line="start, of imports and loading", aim=1.3,
+        Target(part="end-to-end", line="start-up relative to imports and loading", aim=1.3,
                read=_runs("start: ours", "start: bare", clock)),
     ]  # fmt: skip
 
@@ -101,10 +102,10 @@ def _of_banks() -> list[Target]:
         return lambda r: r["ratios"][method][length]["64"] / r["ratios"][method][length][to]
 
     found = []
-    for length, what in (("32", "32 tokens a row"), ("1", "a step of writing")):
+    for length, what in (("32", "32 tokens a row"), ("1", "one generation step")):
         for method in ("mirror", "mirror r=64"):
-            for to, whose, aim in (("1", "one adapter's", 1.15), ("peft", "PEFT's", 0.2)):
-                line = f"64 adapters in a batch, of {whose} ({method}, {what})"
+            for to, whose, aim in (("1", "one adapter", 1.15), ("peft", "PEFT", 0.2)):
+                line = f"64 adapters in a batch relative to {whose} ({method}, {what})"
                 found.append(Target(part="bank", line=line, aim=aim, read=ratio(method, length, to)))
     found.append(Target(part="bank", line="1,000 adapters of a BERT-base at full rank, GB", aim=0.3,
                         read=lambda r: r["memory"]["tensors"] / 1e9))  # fmt: skip
@@ -117,7 +118,7 @@ def _of_trainings() -> list[Target]:
     def ratio(key: str) -> Callable[[Results], float]:
         return lambda r: r["commands"]["mirror-scale r=64, bf16"][key] / r["commands"][f"{REFERENCE}, bf16"][key]
 
-    line = "of a training at rank 64 in bf16, of LoRA's"
+    line = "of a training at rank 64 in bf16 relative to LoRA"
     return [
         Target(part="precisions", line=f"step {line}", aim=1.0, read=ratio("median_step_seconds")),
         Target(part="precisions", line=f"peak memory {line}", aim=1.0, read=ratio("peak_memory_bytes")),
@@ -129,7 +130,7 @@ def targets(device: str, clock: str) -> list[Target]:
     if device == "cuda":
         found = [
             *_of_trainings(),
-            Target(part="peak-8b", line="peak memory of an 8B-shaped model at rank 128, of LoRA r=8's", aim=1.0,
+            Target(part="peak-8b", line="peak memory of an 8B-shaped model at rank 128 relative to LoRA r=8", aim=1.0,
                    read=lambda r: r["peaks"]["mirror r=128"] / r["peaks"][REFERENCE]),
             Target(part="peak-8b", line="the same in GB, on one GPU", aim=80.0,
                    read=lambda r: r["peaks"]["mirror r=128"] / 1e9),
@@ -147,9 +148,9 @@ def targets(device: str, clock: str) -> list[Target]:
         _of_full_rank("steps-4096", "4,096 tokens", 1.0),
         *_of_runs(clock),
         *_of_banks(),
-        Target(part="factorise", line="72 matrices of a BERT-base on these cores, seconds", aim=15.0,
+        Target(part="factorise", line="factorising 72 matrices of a BERT-base on these cores, seconds", aim=15.0,
                read=lambda r: r["whole"]["seconds"] * r["whole"]["of"] / r["whole"]["count"]),
-        *(Target(part="factorise", line=f"their {name}, also of ill-conditioned ones", aim=aim,
+        *(Target(part="factorise", line=f"their {name}, ill-conditioned ones included", aim=aim,
                  read=lambda r, name=name: r["ways"]["gesdd"][name]) for name, aim in exact.items()),  # type: ignore[misc]
     ]  # fmt: skip
 
@@ -166,5 +167,5 @@ def read_results(folder: Path, device: str) -> dict[str, Results]:
 
 def table(rows: list[list[str]], remarks: list[str]) -> str:
     """In Markdown."""
-    lines = ["| line | aim | measured | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines = ["| quantity | target | measured | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join([*lines, *remarks]) + "\n"

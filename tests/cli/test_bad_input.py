@@ -510,11 +510,11 @@ BAD: dict[str, Bad] = {
     "merge of an adapter of PEFT": Bad(
         "merge peft -o m",
         2,
-        ("peft: an adapter that PEFT alone has saved", "merge_and_unload", "analyze reads it"),
+        ("peft: a PEFT adapter without mirrortune's adapter.json", "merge_and_unload", "analyze reads it"),
         change=plain_peft,
     ),
     "eval of an adapter of PEFT": Bad(
-        "eval peft", 2, ("peft: an adapter that PEFT alone has saved",), change=plain_peft
+        "eval peft", 2, ("peft: a PEFT adapter without mirrortune's adapter.json",), change=plain_peft
     ),
     "merge of a model": Bad("merge {model} -o m", 2, ("is neither a run directory nor an adapter folder",)),
     "merge of an unfinished run": Bad(

@@ -120,7 +120,7 @@ def test_what_answers_no_messages_is_refused(desk: Path) -> None:
     base = {"name": str(write_tiny_model(desk / "bert")), "dtype": "float32"}
     write_adapter(desk / "classifier", adapted.model, adapted.book.entries, base=base,
                   task=task_to_dict(classification()), extra={})  # fmt: skip
-    says = "it was trained for text-classification, and answers no messages. Allowed: causal-lm"
+    says = "it was trained for text-classification and cannot answer messages. Allowed: causal-lm"
     refused = mirrortune("chat", "classifier", stdin="hello")
     assert (refused.exit_code, says in refused.said) == (2, True), refused.stderr
     refused = mirrortune("chat", "bert", stdin="hello")

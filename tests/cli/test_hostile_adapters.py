@@ -268,7 +268,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "a billion rounds": ("compact", say("adapter", "options", "rounds", value=10**9), "rounds: got 1000000000"),
     "a head without names": ("compact", say("head", value=[5]), "is invalid"),
     "no numbers": ("compact", say("layers", value={"": {}}), "is invalid"),
-    "a base that is no model": ("compact", say("base", "auto_class", value="AutoTokenizer"), "not a model", BY_COMMAND),
+    "a base that is no model": ("compact", say("base", "auto_class", value="AutoTokenizer"), "transformers cannot load here", BY_COMMAND),
     "a base that writes a card": ("compact", say("base", "name", value="x\n---\nlicense: mit"), "is invalid"),
     "a base of another module": ("compact", say("base", "auto_class", value="os.system"), "is invalid"),
     "a base outside": ("compact", say("base", "name", value="../../../../etc"), "etc", BY_MERGE),
@@ -281,7 +281,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "PEFT: a huge rank": ("peft", peft_says(r=10**9), "is invalid"),
     "PEFT: a huge rank of a layer": ("peft", peft_says(rank_pattern={"query": 10**9}), "'rank_pattern' of its"),
     "PEFT: an endless search": (
-        "peft", peft_says(init_lora_weights="pissa_niter_999999999"), "asks for more than 128 iterations",
+        "peft", peft_says(init_lora_weights="pissa_niter_999999999"), "requests more than 128 iterations",
     ),
     "PEFT: an endless search for LoftQ": (
         "peft", peft_says(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**9}), "more than 128 iterations",

@@ -50,5 +50,5 @@ def test_fewer_validation_rows_are_scored_and_said(desk: Path, tiny_model_dir: P
     assert mirrortune(*words).data["rows"]["validation"] == 10
     refused = mirrortune(*words, "eval.samples=2", "eval.max_rows=0")
     assert refused.exit_code == 2
-    assert "eval.samples: text-classification writes no text, got 2. Remove it" in refused.said
+    assert "eval.samples: text-classification does not generate text, got 2. Remove it" in refused.said
     assert "eval.max_rows" in refused.said

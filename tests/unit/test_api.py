@@ -403,7 +403,7 @@ def test_lists_and_single_texts_mean_the_same() -> None:
         ({"split": "c_attn"}, "split: got 'c_attn'"),
         ({"target_modules": 3}, "target_modules: got 3"),
         ({"target_modules": ["query", 3]}, "target_modules: got"),
-        ({"target_modules": ["all-linear", "query"]}, "'all-linear' stands alone"),
+        ({"target_modules": ["all-linear", "query"]}, "'all-linear' cannot be combined"),
         ({"also_train": [3]}, "also_train: got"),
     ],
 )

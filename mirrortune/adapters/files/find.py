@@ -81,7 +81,7 @@ def _refuse_other_formats(target: str) -> None:
         )  # fmt: skip
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ConfigError(
-            target, "an adapter that PEFT alone has saved, without mirrortune's adapter.json",
+            target, "a PEFT adapter without mirrortune's adapter.json",
             fix="Merge it with PEFT (merge_and_unload, then save_pretrained), and give the merged folder where a model "
             "is taken; mirrortune analyze reads it as it is",
         )  # fmt: skip

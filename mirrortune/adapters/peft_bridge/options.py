@@ -86,7 +86,7 @@ def check_options(spec: AdapterSpec) -> None:
             ConfigError("adapter.options.init_lora_weights", f"'{start}' needs data or quantisation that is not here")
         )
     if name := _endless(spec.options):
-        problem, most = "it asks for too many iterations", f"up to {_MOST_ITERATIONS}"
+        problem, most = "it requests too many iterations", f"up to {_MOST_ITERATIONS}"
         errors.append(ConfigError(f"adapter.options.{name}", problem, allowed=most))
     if errors:
         raise ConfigError.several(errors)
@@ -144,7 +144,7 @@ def objection(described: Mapping[str, Any], largest: int, kind: str | None = Non
     if key := _holds_pattern(described):
         return f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run"
     if key := _endless(described):
-        return f"'{key}' of its adapter_config.json asks for more than {_MOST_ITERATIONS} iterations"
+        return f"'{key}' of its adapter_config.json requests more than {_MOST_ITERATIONS} iterations"
     if described.get("layer_replication") is not None:
         return "'layer_replication' of its adapter_config.json repeats layers of the base, which is not read"
     for key, value in described.items():

@@ -277,7 +277,7 @@ def problems(*words: str) -> str:
         (("train.optimizer=schedule-free",), "Set train.schedule=constant"),
         (("train.schedule=constant", "train.min_lr_ratio=0.1"), "train.min_lr_ratio: constant has none"),
         (("task.kind=text-classification", "train.neftune_alpha=5"), "it is for language models"),
-        (("train.neftune_alpha=5", "train.compile=true"), "not tried with --compile"),
+        (("train.neftune_alpha=5", "train.compile=true"), "untested with --compile"),
         (("train.optimizer=muon", "train.momentum=0.9", "train.betas=[0.9, 0.95]"), ""),
     ],
 )
