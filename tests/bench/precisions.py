@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to run first on a new kind of device: training in each precision beside PEFT's LoRA, and every other command.
+"""What to run first on a new kind of device: training in each precision beside PEFT's LoRA, and what depends on it.
 
     python -m tests.bench.precisions FOLDER -o tests/bench/results/precisions-cuda --device cuda
     python -m tests.bench.precisions FOLDER --size mini --layers 2 --length 64 --steps 4          on a CPU
