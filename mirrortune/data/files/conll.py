@@ -18,7 +18,7 @@ from mirrortune.errors import DataError, counted
 
 _WORDS, _TAGS = "tokens", "tags"
 _DOCUMENT = "-DOCSTART-"
-_FACTS = re.compile(r"#\s*(id|sent_id|text|newdoc|newpar)\b")  # of the sentence below; other comments have other cells
+_FACTS = re.compile(r"#\s+(id|sent_id|text|newdoc|newpar)\b")  # of the sentence below; other comments have other cells
 _Line = tuple[int, str]
 
 
@@ -44,15 +44,27 @@ def _names(width: int) -> list[str]:
 
 def _sentences(path: Path, encoding: str) -> Iterator[tuple[tuple[int, list[list[str]]], int]]:
     """Yield the line and the columns of each sentence, and its size in characters."""
-    width, tab = 0, None
+    width, is_tabbed = 0, False
     for block in _blocks(path, encoding):
-        if not width:
-            tab = "\t" if "\t" in block[-1][1] else None
-            width = len(block[-1][1].split(tab))
-        rows = _rows(path, block, width, tab)
+        if not width and _has_words(block):
+            is_tabbed = "\t" in block[-1][1]
+            width = len(_cells(block[-1][1], is_tabbed=is_tabbed))
+        rows = _rows(path, block, width, is_tabbed=is_tabbed)
         if rows:
             size = sum(len(line) for _, line in block)
             yield (rows[0][0], [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]), size
+
+
+def _has_words(block: list[_Line]) -> bool:
+    """Return whether a block holds more than the mark of a document, whose cells are others, and comments."""
+    return not block[-1][1].startswith(_DOCUMENT) and not all(line.startswith("# ") for _, line in block)
+
+
+def _cells(line: str, *, is_tabbed: bool) -> list[str]:
+    # Not split at other white space: words may contain no-break spaces, or be one.
+    if is_tabbed:
+        return [cell.strip(" ") for cell in line.split("\t")]
+    return [cell for cell in line.replace("\t", " ").split(" ") if cell]
 
 
 def _blocks(path: Path, encoding: str) -> Iterator[list[_Line]]:
@@ -68,11 +80,11 @@ def _blocks(path: Path, encoding: str) -> Iterator[list[_Line]]:
         yield block
 
 
-def _rows(path: Path, block: list[_Line], width: int, tab: str | None) -> list[tuple[int, list[str]]]:
+def _rows(path: Path, block: list[_Line], width: int, *, is_tabbed: bool) -> list[tuple[int, list[str]]]:
     """Return the line and the cells of each word of a sentence."""
     rows: list[tuple[int, list[str]]] = []
     for number, line in block:
-        cells = [cell.strip() for cell in line.split(tab)]
+        cells = _cells(line, is_tabbed=is_tabbed)
         if line.startswith("#") and not rows and (_FACTS.match(line) or len(cells) != width):
             continue
         if cells[0] == _DOCUMENT:

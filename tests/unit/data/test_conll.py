@@ -49,6 +49,11 @@ def test_the_columns_of_conll_2003_are_words_and_tags(tmp_path: Path) -> None:
         ("# id 7 domain=en\nEU _ _ B-ORG\n# _ _ O\n\n\n# id 8 domain=en\n#tag _ _ O\n", [["EU", "#"], ["#tag"]]),
         ("# a comment\nEU B-ORG\n\n# O\nis O\n", [["EU"], ["#", "is"]]),
         ("\ufeffone\ntwo\n\nthree", [["one", "two"], ["three"]]),
+        ("-DOCSTART- (1 EU)\n\nEU B-ORG\n", [["EU"]]),
+        ("-DOCSTART-\n\n# newdoc id = a b\n\nEU\tB-ORG\n", [["EU"]]),
+        ("10\u00a0000 O\n\u3000 O\n", [["10\u00a0000", "\u3000"]]),
+        ("EU\tB-ORG\n\u00a0\tO\n", [["EU", "\u00a0"]]),
+        ("#text O\nis O\n", [["#text", "is"]]),
     ],
 )
 def test_separators_and_comments(tmp_path: Path, name: str, text: str, words: list[list[str]]) -> None:
