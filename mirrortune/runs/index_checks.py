@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ _ATEN = torch.ops.aten
 _LARGEST = 1 << 22  # elements of the largest tensor that is computed; attention masks of long rows are not
 _META = torch.device("meta")
 _MOST_NAMED = 8  # tokens listed in a message
+_BLOCK = 1 << 22  # tokens
 _LONGEST_SHOWN = 80  # characters of a row in a message
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -157,8 +159,7 @@ def check_end_tokens(model: nn.Module, examples: Examples, processor: Any, *, wh
             where, f"it reads the state at the last end token {name!r}, and its tokenizer pads with that token",
             fix="Set another pad_token in its tokenizer_config.json",
         )  # fmt: skip
-    sums = np.concatenate([[0], np.cumsum(examples.features["input_ids"] == end)])
-    counts = np.diff(sums[examples.offsets])
+    counts = count_in_rows(examples, end)
     usual = int(np.bincount(counts).argmax())
     if not usual:
         raise ConfigError(
@@ -174,6 +175,13 @@ def check_end_tokens(model: nn.Module, examples: Examples, processor: Any, *, wh
             f" model needs as many in every row: {text[:_LONGEST_SHOWN]!r}",
             fix=f"Remove {name!r} from the texts",
         )  # fmt: skip
+
+
+def count_in_rows(examples: TokenExamples, token: int) -> npt.NDArray[np.int64]:
+    """Return how often each row holds a token, (N,); block by block, as the ids may lie on disk and exceed memory."""
+    ids = examples.features["input_ids"]
+    places = [b + np.flatnonzero(ids[b : b + _BLOCK] == token) for b in range(0, len(ids), _BLOCK)]
+    return np.diff(np.searchsorted(np.concatenate([np.empty(0, np.int64), *places]), examples.offsets))
 
 
 def _end_that_is_read(model: nn.Module) -> int | None:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from mirrortune.runs.index_checks import Lengths, longest
+from mirrortune.runs.index_checks import Lengths, count_in_rows, longest
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 from tests.tiny_models import FAMILIES, tiny_chat_tokenizer, tiny_tokenizer, write_tiny_causal, write_tiny_model
 
@@ -175,3 +178,18 @@ def test_texts_that_hold_the_end_token_are_named_in_training_and_prediction(desk
     assert "a good [SEP] film" in refused.said
     assert trained.exit_code == 0, trained.stderr
     assert predicted.exit_code == 0, predicted.stderr
+
+
+def test_the_end_tokens_of_many_rows_are_counted_in_little_memory() -> None:
+    """The ids of millions of rows lie on disk."""
+    ids = np.ones(10_000_000, np.int32)
+    ids[[3, 4, 2_000_000, 9_999_999]] = 7
+    rows = SimpleNamespace(features={"input_ids": ids}, offsets=np.array([0, 4, 4, 5, 9_000_000, 10_000_000]))
+    tracemalloc.start()
+
+    counts = count_in_rows(rows, 7)  # type: ignore[arg-type]
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.tolist() == [1, 0, 1, 1, 1]
+    assert peak < len(ids)
