@@ -101,7 +101,7 @@ class Task(TextTask):
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
         # Invalid cells are reported by strata, with their rows.
-        num_empty = int(nulls(table, label).sum()) if _is_text(table, label) else 0
+        num_empty = int(_empty_cells(table, label).sum())
         if num_empty == table.num_rows:
             num_empty = 0  # rows without labels
         if num_empty:
@@ -124,12 +124,13 @@ class Task(TextTask):
     def _missing(self, split: Split, *, for_training: bool = False) -> npt.NDArray[np.bool_]:
         """Return which rows have no label, (N,).
 
-        An empty text, which csv cannot tell from a missing one, means that the question has no answer, if some training
-        questions have none and the split has answers at all.
+        An empty cell means that the question has no answer, if some training questions have none and the split has
+        answers at all.
         """
         missing = nulls(split.table, self.label_column)
-        is_none = self.may_lack_answer and _is_text(split.table, self.label_column)
-        return np.zeros_like(missing) if is_none and (for_training or not missing.all()) else missing
+        if not self.may_lack_answer or (missing.all() and not for_training):
+            return missing
+        return missing & ~_empty_cells(split.table, self.label_column)
 
     @override
     def config_fields(self) -> dict[str, Any]:
@@ -370,8 +371,14 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
     return tuple((text, int(place)) for text, place in zip(texts, places, strict=True) if text.strip())
 
 
-def _is_text(table: pa.Table, column: str) -> bool:
-    return is_string(table.schema.field(column).type)
+def _empty_cells(table: pa.Table, column: str) -> npt.NDArray[np.bool_]:
+    """Return which cells say by being empty that a question has no answer, (N,).
+
+    A csv cannot say it otherwise. A file that holds empty texts can, and a null in it is a missing label.
+    """
+    empty = nulls(table, column)
+    is_text = is_string(table.schema.field(column).type)
+    return empty if is_text and not any(value == "" for value in cells(table, column)) else np.zeros_like(empty)
 
 
 def _is_answered(value: Any) -> bool | None:

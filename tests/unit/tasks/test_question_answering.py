@@ -276,3 +276,13 @@ def test_empty_cells_are_labels_that_are_missing_where_nothing_else_says_what_th
     listed = rows(answer("good"), NONE, None)
     with pytest.raises(DataError, match=r"row 3"):
         KIND.from_rows(listed, "squad.json")[0].strata(Split(table=listed, source="squad.json"))
+
+
+def test_a_null_beside_empty_texts_is_a_missing_label() -> None:
+    """Unlike a csv, json and parquet tell them apart."""
+    table = rows("good", "", None)
+    task, notes = KIND.from_rows(table, "squad.jsonl")
+    assert task.may_lack_answer
+    assert not [note for note in notes if "without an answer" in note]
+    with pytest.raises(DataError, match=r"no answer.*row 3"):
+        task.strata(Split(table=table, source="squad.jsonl"))
