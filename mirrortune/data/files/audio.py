@@ -32,7 +32,8 @@ _BLOCK = 1 << 16  # frames decoded at a time
 # libsndfile's note of a file that ends before the samples that its header states.
 _CUT_OFF = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_SIZE = 0x7F000000  # written by programs that cannot go back to the header, such as ffmpeg into a pipe
-_LEAST_THERE = 0.99  # of the samples; some programs miscount by a few bytes
+_LEAST_THERE = 0.99  # of the samples
+_MISCOUNT = 128  # bytes; some programs state the size of the file, header and all
 _SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and similar models; an estimate of cost for others
 
 
@@ -173,7 +174,7 @@ def _missing_part(log: str) -> str | None:
     """
     for found in _CUT_OFF.finditer(log):
         stated, there = int(found[1]), int(found[2])
-        if stated < _UNKNOWN_SIZE and there < _LEAST_THERE * stated:
+        if stated < _UNKNOWN_SIZE and there < min(_LEAST_THERE * stated, stated - _MISCOUNT):
             return f"it is cut off: {there:,} of the {stated:,} bytes that its header states"
     return None
 

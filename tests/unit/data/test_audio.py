@@ -106,6 +106,12 @@ def pcm(kind: str) -> bytes:
     return stream.getvalue()
 
 
+def test_a_short_recording_whose_header_states_the_size_of_the_file_is_whole(audio: Path) -> None:
+    short = tone(440, seconds=0.05)
+    place = short.index(b"data") + 4
+    assert len(examples([short[:place] + len(short).to_bytes(4, "little") + short[place + 4 :]], audio)) == 1
+
+
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX"])
 def test_a_recording_that_is_cut_off_is_refused_before_training(audio: Path, tmp_path: Path, kind: str) -> None:
     whole = pcm(kind)
