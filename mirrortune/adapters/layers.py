@@ -200,7 +200,8 @@ class SpectralLinear(Spectral):
 
     def _coefficients(self, side: Side | None) -> tuple[Side | None, Coefficients]:
         """Return the side on which the core acts alone, None if on both, and its coefficients there."""
-        if self._held is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # First, so that a compiled model is not compiled again when values are held.
+        if not torch.compiler.is_compiling() and self._held is not None and not torch.is_grad_enabled():
             key = (side, self.U.device, torch.is_autocast_enabled(self.U.device.type))
             if key not in self._held:
                 self._held[key] = self._computed(side)
@@ -278,7 +279,7 @@ class SpectralWeight(Spectral):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return W' in the shape and dtype of ``weight``; for an untrained core it equals ``weight`` bit for bit."""
-        if self._held is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._held is None:
             return self.adapt(weight, weight.dtype)
         wants_graph = torch.is_grad_enabled()
         if wants_graph not in self._held:

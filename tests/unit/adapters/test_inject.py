@@ -401,3 +401,22 @@ def test_kept_weights_are_computed_once_and_dropped_when_training_goes_on(
     assert not torch.equal(changed, expected.logits[0])
     model(input_ids=ids).logits.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(8, 8, 1)])
+def test_a_compiled_model_is_not_compiled_again_when_values_are_held(layer: nn.Module) -> None:
+    compiled: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    model = attach(nn.Sequential(layer), AdapterSpec(method="mirror", rank=4, target_modules="all-layers")).eval()
+    run, x = torch.compile(model, backend=count), torch.ones(8, 8)
+    with torch.no_grad():
+        run(x)
+        with weights_kept(model):
+            model(x)
+            run(x)
+        run(x)
+    assert len(compiled) == 1
