@@ -7,6 +7,7 @@ The cells of a line are separated by tabs or spaces: the word first, its tag las
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mirrortune.errors import DataError, counted
 _WORDS, _TAGS = "tokens", "tags"
 _DOCUMENT = "-DOCSTART-"
 _FACTS = re.compile(r"#\s+(id|sent_id|text|newdoc|newpar)\b")  # of the sentence below; other comments have other cells
+_TAG = re.compile(r"O|[BIESLU]-\S+")
 _Line = tuple[int, str]
 
 
@@ -28,13 +30,27 @@ def read_tagged_words(path: Path, encoding: str) -> Iterator[Part]:
     Marks of documents (``-DOCSTART-``) and comments above a sentence (``# id ...``) are left out.
 
     Raises:
-        DataError: a line has another number of cells than the first sentence, or an empty one.
+        DataError: a line has another number of cells than the first sentence, or an empty one; or tags precede words.
     """
     for part in parts_of(_sentences(path, encoding)):
         columns = list(zip(*(columns for _, columns in part), strict=True))
         names = _names(len(columns))
+        _refuse_tags_first(path, columns)
         arrays = [pa.array(cells, type=pa.list_(pa.string())) for cells in columns]
         yield pa.table(arrays, names=names), line_numbers(part)
+
+
+def _refuse_tags_first(path: Path, columns: list[tuple[list[str], ...]]) -> None:
+    """Raise a DataError for a file with the tag before the word, whose words would be its classes."""
+    if len(columns) == 2 and _are_tags(columns[0]) and not _are_tags(columns[1]):
+        raise DataError(
+            str(path), "its tags are before the words", allowed="the word first and its tag last",
+            fix=f"Turn them round: awk 'NF {{print $2 \"\\t\" $1; next}} 1' {shlex.quote(path.name)}",
+        )  # fmt: skip
+
+
+def _are_tags(column: tuple[list[str], ...]) -> bool:
+    return all(_TAG.fullmatch(cell) for cells in column for cell in cells)
 
 
 def _names(width: int) -> list[str]:

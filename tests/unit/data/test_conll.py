@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,14 @@ def test_a_folder_of_conll_files_trains_and_is_answered(tmp_path: Path) -> None:
     assert chunks.exit_code == 0, chunks.stderr
     assert done.exit_code == 0, done.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_file_with_tags_before_words_is_refused(tmp_path: Path) -> None:
+    """As those of MIT's movie and restaurant corpora; the words would be the classes."""
+    (tmp_path / "a.bio").write_text("O\twho\nB-ACTOR\tEva\nI-ACTOR\tGreen\n\nO\tis\n")
+    with pytest.raises(DataError, match="tags are before the words") as refused:
+        read_table(tmp_path / "a.bio")
+    command = str(refused.value).split("round: ")[1].strip().removesuffix(".")
+    turned = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True)
+    (tmp_path / "b.bio").write_bytes(turned.stdout)
+    assert read_table(tmp_path / "b.bio")["tokens"].to_pylist() == [["who", "Eva", "Green"], ["is"]]
