@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mirrortune.adapters.files.adapter_file import read_adapter
@@ -25,6 +25,8 @@ _OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetens
 """Files of weights that transformers would read beside, or instead of, those of a new model."""
 _OLD_ADAPTER = (*ADAPTER_FILES, "adapter_model.bin")
 """Files of an adapter, which transformers or mirrortune would load on top of, or instead of, merged weights."""
+_OF_PEFT = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Those of them that transformers loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,7 @@ def kept_notes(done: Upload) -> list[str]:
     ]
     if done.deleted:
         lines.append(f"deleted files of an earlier model or adapter there: {', '.join(done.deleted)}")
-    if stale := sorted({*_OLD_ADAPTER} & {*done.untouched}):
+    if stale := [name for name in done.untouched if PurePosixPath(name).name in _OF_PEFT]:
         lines.append(
             f"{', '.join(stale)} of {done.repository} are not of this adapter and stay; transformers loads them from "
             "there, so delete them unless they belong to it"

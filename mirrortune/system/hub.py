@@ -178,7 +178,7 @@ class Upload:
         url: URL of the commit.
         kept: files of the repository that were kept instead of being replaced.
         deleted: files of the repository that were deleted.
-        untouched: names of the other files in the same folder of the repository.
+        untouched: the other files in the same folder of the repository.
     """
 
     repository: str
@@ -236,7 +236,7 @@ def upload(
                 kept.append(name)
         deleted = sorted(name for name in there - sent.keys() if is_outdated(name))
         others = there - sent.keys() - {*deleted}
-        untouched = sorted(path.name for path in map(PurePosixPath, others) if path.parent == inside)
+        untouched = sorted(name for name in others if PurePosixPath(name).parent == inside)
         operations: list[Any] = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
             for name, path in sent.items() if name not in kept

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from mirrortune.merging.push import kept_notes
 from mirrortune.reports.model_card import is_generated
+from mirrortune.system.hub import Upload
 from mirrortune.system.outputs import COMPARISON, Marker, write_marker
 from mirrortune.system.paths import sha256_of
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
@@ -341,6 +343,13 @@ def test_an_earlier_adapter_does_not_stay_beside_merged_weights(hub: LoopbackHub
         assert {name for name in of_peft if (sent / name).exists()} == ({*()} if gone else {*of_peft})
         assert (sent / "step-5" / "adapter_config.json").is_file()
         assert (sent / "adapter_notes.json").is_file()
+
+
+def test_only_files_that_transformers_loads_are_named_with_their_folder() -> None:
+    untouched = ["tasks/one/adapter.safetensors", "tasks/one/adapter_config.json", "tasks/one/notes.txt"]
+    done = Upload(repository="me/x", url="", kept=[], deleted=[], untouched=untouched)
+    (line,) = kept_notes(done)
+    assert line.startswith("tasks/one/adapter_config.json of me/x are not of this adapter")
 
 
 @pytest.mark.parametrize("name", ["../id_ed25519", "/etc/passwd", ".env", "notes/.ssh/key", "a/../../id_ed25519"])
