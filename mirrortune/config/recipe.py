@@ -207,8 +207,6 @@ def override_layer(assignments: list[str], errors: list[ConfigError] | None = No
         key, _, text = word.partition("=")
         path = tuple(key.replace("-", "_").split("."))
         try:
-            if not text.strip():  # such as an unset variable of a shell
-                raise ConfigError(f"'{word}'", "it has no value", fix="Give one, or leave the word out")
             if path in flags:
                 raise ConfigError(f"'{word}'", f"{flags[path]} sets the same", fix="Keep one of them")
             _set(values, path, strict_yaml.parse_scalar(text, f"'{word}'"), f"'{word}'")

@@ -157,7 +157,14 @@ def text_of(path: Path, where: str, what: str) -> str:
 
 
 def parse_scalar(text: str, source: str) -> Any:
-    """Parse a value as in a recipe: ``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list."""
+    """Parse a value as in a recipe: ``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list.
+
+    Raises:
+        ConfigError: it is empty, such as an unset variable of a shell, or not valid YAML.
+    """
+    if not text.strip():
+        fix = "Give one (null stands for none, and '\"\"' for an empty text), or leave it out"
+        raise ConfigError(source, "it has no value", fix=fix)
     return load(text, source)[0]
 
 

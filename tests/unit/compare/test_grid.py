@@ -229,6 +229,7 @@ def test_methods_differ_in_nothing_that_changes_what_is_scored(key: str) -> None
         ("mirror:lr=1e-3:train.lr=1e-2", "sets both lr and train.lr"),
         ("none:train.head_lr=0", "learning rates '0'"),
         ("mirror:train.lr=x", "learning rates 'x'"),
+        ("mirror:train.max_steps=", "mirror:train.max_steps=: it has no value"),
         ("mirror:train.lr=null", "learning rates 'None'"),
     ],
 )

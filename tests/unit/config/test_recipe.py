@@ -262,6 +262,12 @@ def test_flags_that_were_not_given_set_nothing() -> None:
     }
 
 
+def test_a_flag_of_an_unset_variable_is_refused() -> None:
+    errors: list[ConfigError] = []
+    assert given_flags({"train__max_steps": "", "adapter__rank": " "}, errors) == {}
+    assert [str(error).split(".")[0] for error in errors] == ["--rank: it has no value", "--max-steps: it has no value"]
+
+
 KEYS = st.sampled_from([*flatten(Recipe()), "train", "model", "data.pth", "x.y.z", "", "adapter.options.a"])
 VALUES = st.sampled_from(
     ["1", "-1", "0", "1e400", "2e-4", "yes", "true", "null", "", "[]", "[a]", "{a: 1}", "full", "'", "\ud800",

@@ -17,7 +17,7 @@ from mirrortune.errors import ConfigError
 SCALARS: dict[str, Any] = {
     "2e-4": 2e-4, "1E5": 1e5, "1.5": 1.5, ".5": 0.5, "5.": 5.0, "-3": -3, "010": 10, "+3": 3, "0": 0,
     "-.inf": -math.inf,
-    "true": True, "False": False, "null": None, "~": None, "": None,
+    "true": True, "False": False, "null": None, "~": None,
     # YAML 1.1 would make these False, True, 750, 10 and a date (and 010, above, 8):
     "no": "no", "on": "on", "12:30": "12:30", "1_0": "1_0", "2024-01-01": "2024-01-01",
     "0x10": "0x10", "=": "=", "<<": "<<", '"1"': "1", "[a, 1]": ["a", 1], "{a: 2e-4}": {"a": 2e-4},
