@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from mirrortune.compare.grid import slug
-from mirrortune.reports.drawing import MARKERS, Drawing, legend_beside, tidy
+from mirrortune.reports.drawing import MARKERS, Drawing, by_decades, legend_beside, tidy
 from mirrortune.tasks.metrics import METRICS
 
 # More colours than the figures of a run need, from Paul Tol's schemes, which can be told apart with colour-blindness.
@@ -78,7 +77,7 @@ def _by_size(tasks: dict[str, Any]) -> Drawing:
             axis.set(
                 xlabel="trainable parameters, task head excluded", ylabel=f"{found['metric']}, {split}", title=task
             )
-            _by_decades(axis)
+            by_decades(axis)
             legend_beside(axis)
             tidy(axis)
 
@@ -87,13 +86,6 @@ def _by_size(tasks: dict[str, Any]) -> Drawing:
         "a method that trains only the head is a dashed line."
     )
     return Drawing(name="score_by_trained_numbers", caption=caption, size=(6.2 * len(tasks), 3.8), draw=draw)
-
-
-def _by_decades(axis: Any) -> None:
-    """Make the x axis logarithmic with limits at powers of ten; on a shorter axis, matplotlib's labels overlap."""
-    axis.set(xscale="log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
 
 
 def _curves(task: str, histories: dict[str, list[list[dict[str, Any]]]], metric: str) -> Drawing:

@@ -12,6 +12,7 @@ import html
 import importlib
 import importlib.util
 import io
+import math
 import os
 import re
 import sys
@@ -89,6 +90,13 @@ def tidy(axes: Any, *, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis=grid)
+
+
+def by_decades(axis: Any) -> None:
+    """Make the x axis logarithmic with limits at powers of ten; on a shorter axis, matplotlib's labels overlap."""
+    axis.set(xscale="log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
 
 
 def legend_beside(axes: Any) -> None:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from mirrortune.compare.grid import lr_folder, slug
-from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, legend_beside, svg_for_page, tidy
+from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, by_decades, legend_beside, svg_for_page, tidy
 from mirrortune.system.run_directory import RunDirectory
 
 Found = dict[str, dict[str, Any]]
@@ -202,7 +202,7 @@ def _by_size(model: str, means: dict[str, tuple[int, float]], tasks: Sequence[st
         axes = figure.subplots()
         best = front([point for point in means.values() if point[0]])
         axes.step([n for n, _ in best], [100 * mean for _, mean in best], where="post", color="#999999", zorder=0)
-        axes.set(xscale="log", xlabel="trainable parameters, task head excluded", ylabel="mean score, times 100")
+        axes.set(xlabel="trainable parameters, task head excluded", ylabel="mean score, times 100")
         for index, (method, (numbers, mean)) in enumerate(means.items()):
             if numbers:
                 axes.plot(numbers, 100 * mean, linestyle="", label=method, **_style(index))
@@ -213,6 +213,7 @@ def _by_size(model: str, means: dict[str, tuple[int, float]], tasks: Sequence[st
             elif not numbers:  # far below the others: a line there would leave no room for their differences
                 axes.plot([], [], linestyle="", label=f"{method}: {100 * mean:.1f}, below")
         axes.set(title=", ".join(tasks))
+        by_decades(axes)
         legend_beside(axes)
         tidy(axes)
 
