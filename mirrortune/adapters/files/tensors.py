@@ -97,7 +97,7 @@ def sampled_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, layer in attachment(model).layers.items()
     }
     return {
-        name: weight.detach().reshape(-1)[:: -(-weight.numel() // _NUM_SAMPLES)].to("cpu", torch.float64)
+        name: weight.detach().reshape(-1)[:: -(-weight.numel() // _NUM_SAMPLES)].cpu().double()
         for name, weight in weights.items()
         if isinstance(weight, Tensor) and is_plain(weight) and is_whole(weight) and not weight.is_meta and len(weight)
     }

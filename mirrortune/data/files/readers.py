@@ -64,7 +64,7 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
         DataError: if the file is missing, empty, undecodable, truncated or malformed; names the line if there is one.
     """
     if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
+        what = "a folder" if path.is_dir() else "not a regular file"
         raise DataError(str(path), f"it is {what}, and a table is a file", fix="Check the path given to --data")
     if not path.is_file():
         siblings = (

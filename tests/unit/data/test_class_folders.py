@@ -228,5 +228,5 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     cells = FileCells.of(split(tmp_path, image=["pipe.png", "/dev/zero"]), "image", role="image", readable="")
     for row in range(2):
-        with pytest.raises(ValueError, match="no regular file"):
+        with pytest.raises(ValueError, match="not a regular file"):
             cells.open(row)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mirrortune.compare.figures import _by_decades
-from mirrortune.reports.drawing import Drawing, write_figure
+from mirrortune.reports.drawing import Drawing, by_decades, write_figure
 
 
 def drawing(label: str) -> Drawing:
@@ -24,7 +23,7 @@ def drawing(label: str) -> Drawing:
             axes.text(1, 1, label)
             axes.legend()
         right.set_yticks([1, 10], [label, label])
-        _by_decades(right)
+        by_decades(right)
         figure.suptitle(label)
 
     return Drawing(name="figure", caption=label, size=(6, 3), draw=draw)
