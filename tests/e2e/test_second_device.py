@@ -135,7 +135,7 @@ def test_models_that_are_on_the_device_are_adapted_there(desk: Path, float64: bo
 )
 def test_every_kind_of_method_is_trained_scored_and_merged(desk: Path, method: str, float64: tuple[str, ...]) -> None:
     words = ("--rank", "8") if method in ("psoft", "lora-xs", "lora-sb") else ()
-    run = f"{method}{'-'.join(float64)}"
+    run = f"run-of-{method}{'-'.join(float64)}"  # adapters saved in Python have the plain names
     said = on_device(
         desk, *float64, *classify(method, run, *words), "--then", "eval", run, "--then", "merge", run, "-o", f"{run}-m",
     )  # fmt: skip
