@@ -213,7 +213,7 @@ class SpectralLinear(Spectral):
         return (side, relative) if relative else (None, self.core.coefficients(delta=self.strategy == "branch"))
 
     def keep(self, *, kept: bool) -> None:
-        """If ``kept``, hold the core's coefficients over many calls, between which nothing is trained; or drop them."""
+        """If ``kept``, hold the coefficients over many calls, between which nothing is trained; else drop them."""
         self._held = {} if kept else None
 
     @torch.no_grad()
@@ -292,7 +292,7 @@ class SpectralWeight(Spectral):
             self._held = {} if held else None
 
     def keep(self, *, kept: bool) -> None:
-        """If ``kept``, hold W' over many calls of the model, between which nothing is trained; or drop them."""
+        """If ``kept``, hold W' over many calls of the model, between which nothing is trained; else drop it."""
         self._is_kept, self._held = kept, {} if kept else None
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ SHIPPED_SCHEME = "shipped:"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TAGGED_SUFFIXES = (".conll", ".bio", ".iob", ".iob2")
-"""Suffixes of files of tagged words, a word a line."""
+"""Suffixes of files of tagged words, one word per line."""
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *TAGGED_SUFFIXES)
 # Errors for impossible file names and inaccessible folders. Missing files are reported elsewhere.
 _NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))

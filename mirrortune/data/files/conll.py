@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read files of tagged words in the form of the CoNLL tasks: a word a line, blank lines between sentences.
+"""Read files of tagged words in the form of the CoNLL tasks: one word per line, blank lines between sentences.
 
 The cells of a line are separated by tabs or spaces: the word first, its tag last, and other tags between them.
 """
@@ -45,7 +45,7 @@ def _refuse_tags_first(path: Path, columns: list[tuple[list[str], ...]]) -> None
     if len(columns) == 2 and _are_tags(columns[0]) and not _are_tags(columns[1]):
         raise DataError(
             str(path), "its tags are before the words", allowed="the word first and its tag last",
-            fix=f"Turn them round: awk 'NF {{print $2 \"\\t\" $1; next}} 1' {shlex.quote(path.name)}",
+            fix=f"Swap the columns: awk 'NF {{print $2 \"\\t\" $1; next}} 1' {shlex.quote(path.name)}",
         )  # fmt: skip
 
 

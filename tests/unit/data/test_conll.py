@@ -102,7 +102,7 @@ def test_a_file_with_tags_before_words_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bio").write_text("O\twho\nB-ACTOR\tEva\nI-ACTOR\tGreen\n\nO\tis\n")
     with pytest.raises(DataError, match="tags are before the words") as refused:
         read_table(tmp_path / "a.bio")
-    command = str(refused.value).split("round: ")[1].strip().removesuffix(".")
-    turned = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True)
-    (tmp_path / "b.bio").write_bytes(turned.stdout)
+    command = str(refused.value).split("columns: ")[1].strip().removesuffix(".")
+    swapped = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True)
+    (tmp_path / "b.bio").write_bytes(swapped.stdout)
     assert read_table(tmp_path / "b.bio")["tokens"].to_pylist() == [["who", "Eva", "Green"], ["is"]]
