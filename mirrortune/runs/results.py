@@ -263,7 +263,8 @@ def _change(key: tuple[str, ...], before: dict[tuple[str, ...], Any], now: dict[
 
 
 def _brief(value: Any) -> str:
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # there may be thousands of pairs
+    text = "null" if value is None else repr(value)  # as in the recipe
+    return textwrap.shorten(text, 200, placeholder=" ...")  # there may be thousands of pairs
 
 
 def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult) -> None:

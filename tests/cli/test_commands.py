@@ -443,13 +443,14 @@ def test_an_adapter_of_another_base_is_refused(finished: Finished, tmp_path: Pat
 
 def test_a_run_is_continued_only_with_its_own_settings(finished: Finished, copy: Path) -> None:
     log = (copy / "metrics.jsonl").read_bytes()
-    words = changed(finished.words, "--lr", 0.2, "--seed", 1)
+    words = changed(finished.words, "--lr", 0.2, "--seed", 1, "--patience", 3)
 
     outcome = mirrortune(*words, "-o", copy, "--resume", cache=finished.cache)
 
     assert outcome.exit_code == 2
     assert "--resume: train.lr: the run was started with 0.1, got 0.2. Use the same settings." in outcome.said
     assert "--resume: train.seed: the run was started with 0, got 1." in outcome.said
+    assert "--resume: train.patience: the run was started with null, got 3." in outcome.said
     assert (copy / "metrics.jsonl").read_bytes() == log
 
 

@@ -126,7 +126,7 @@ DATA: dict[str, Any] = {
         ({"sha256": {**DATA["sha256"], "new.csv": "78"}}, "new.csv is new"),
         ({"validation": {"path": "v", "sha256": "57"}}, "validation has changed"),
         ({"sources": [{"sha256": {"a.csv": "1"}}]}, "data set 1: a.csv is new"),
-        ({"commit": "abc"}, "commit was None, is 'abc'"),
+        ({"commit": "abc"}, "commit was null, is 'abc'"),
         ({"media": {"sha256": {"train": "91"}}}, "media.train has changed"),
     ],
 )
@@ -163,7 +163,7 @@ def test_the_split_of_a_stream_that_an_older_version_did_not_record_is_no_differ
 
     job.settings.data.streaming = False
     run.write_json("environment.json", {"data": origin({"commit": "b"})})
-    with pytest.raises(ConfigError, match="split was None, is 'train'"):
+    with pytest.raises(ConfigError, match="split was null, is 'train'"):
         check_same_data(job, run, Mock())
 
 
