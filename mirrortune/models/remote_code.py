@@ -56,11 +56,14 @@ def refuse_kernels(name: str, config: Any) -> None:
     """Check that a configuration does not make transformers download and run compiled kernels of another repository.
 
     Raises:
-        ConfigError: it does; the error names the repository.
+        ConfigError: it or a configuration in it does; the error names the repository.
     """
-    for key in ("_attn_implementation", "_experts_implementation"):
-        asked = getattr(config, key, None)
-        for wanted in asked.values() if isinstance(asked, dict) else (asked,):
+    sections = [config]
+    while sections:
+        section = sections.pop()
+        sections += [value for value in vars(section).values() if hasattr(value, "model_type")]
+        for key in ("_attn_implementation", "_experts_implementation"):
+            wanted = getattr(section, key, None)
             if isinstance(wanted, str) and "/" in wanted:
                 raise ConfigError(
                     f"model '{name}'", f"its configuration asks for code from '{wanted}'",
