@@ -288,15 +288,18 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
-    if not _has_own_card(run):
+    if own_card(run) is None:
         run.write_text("README.md", model_card.signed(card))
     html.write_page(run.path / "report.html", run_page([finished]))
 
 
-def _has_own_card(run: RunDirectory) -> bool:
-    """Return whether a person has edited the card of a run, which is resumed."""
+def own_card(run: RunDirectory) -> str | None:
+    """Return the card of a run that is resumed or replaced if a person has written or edited it."""
     path = run.path / "README.md"
-    return path.is_file() and not model_card.is_generated(path.read_text(encoding="utf-8", errors="replace"))
+    if path.is_symlink() or not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return None if model_card.is_generated(text) else text
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:

@@ -29,6 +29,7 @@ from mirrortune.runs.results import (
     check_same_recipe,
     check_same_targets,
     environment,
+    own_card,
     peak_memory_bytes,
     peak_reserved_bytes,
     pin_paths,
@@ -86,7 +87,11 @@ def train(
                 check_same_recipe(recipe, run)
 
         def create() -> None:
+            card = own_card(run)
             run.create(inputs, overwrite=overwrite)
+            if card is not None:
+                run.write_text("README.md", card)
+                reporter.note(f"{run.path / 'README.md'} is kept, as it was written or edited by hand")
 
         sync.from_main(accelerator, claim)
         resolved = replace(resolved, recipe=recipe)
