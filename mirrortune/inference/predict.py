@@ -296,7 +296,7 @@ def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:
         return {}
     path = bank.path
     files = [path] if path.is_file() else sorted((*path.rglob("adapter.json"), *path.rglob("adapter.safetensors")))
-    found = {str(file.relative_to(path)): _fingerprint(file) for file in files}
+    found = {str(file.relative_to(path)): _fingerprint(file) for file in files if file.is_file()}
     return {"bank": found, "column of adapters": bank.column}
 
 

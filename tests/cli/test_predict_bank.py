@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -83,6 +84,18 @@ def test_a_saved_bank_answers_as_its_folder(shops: Path, tiny_model_dir: Path, d
     of_file, of_folder = (told(tiny_model_dir, "--bank", place, "-d", data, *FLAGS)
                           for place in (desk / "bank.safetensors", shops))  # fmt: skip
     assert of_file == of_folder
+
+
+def test_what_is_no_file_in_a_bank_is_not_opened(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
+    data = write(desk / "rows.jsonl", rows_of_shops(5))
+    shutil.copytree(shops, desk / "bank")
+    (desk / "bank" / "folder" / "adapter.json").mkdir(parents=True)
+    (desk / "bank" / "lost").mkdir()
+    (desk / "bank" / "lost" / "adapter.json").symlink_to(desk / "nowhere")
+    (desk / "bank" / "pipe").mkdir()
+    os.mkfifo(desk / "bank" / "pipe" / "adapter.json")  # from which nothing ever comes
+
+    assert told(tiny_model_dir, "--bank", desk / "bank", "-d", data, *FLAGS)
 
 
 def test_all_rows_without_an_adapter_are_named_before_anything_is_answered(
