@@ -42,6 +42,7 @@ from mirrortune.config.data_paths import is_same_data, short_name
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, device_error
 from mirrortune.system.console import Reporter, describe_metrics, keep_standard_files
 from mirrortune.system.paths import local_path, shown_path, table_suffix
+from mirrortune.system.signals import await_launcher
 
 if TYPE_CHECKING:
     from mirrortune.config.recipe import Layer, Resolved
@@ -122,6 +123,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             Reporter().error("interrupted")
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
+            await_launcher(error)
             known = device_error(error)
             if known is None or kwargs.get("debug"):
                 raise

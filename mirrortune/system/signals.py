@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defer SIGINT, SIGTERM and SIGUSR1 until a run can stop safely.
+"""Defer SIGINT, SIGTERM and SIGUSR1 until a run can stop safely, and end a process that the others have left.
 
 Schedulers send a signal before they kill a job: Slurm sends the one requested with ``--signal=USR1@300``, most others
-send SIGTERM.
+send SIGTERM. Launchers of several processes send SIGTERM to the others when one has failed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from typing import Any
 # One Ctrl-C reaches a process twice in quick succession: from the terminal and forwarded by the launcher. Only a SIGINT
 # that arrives later than this is a second Ctrl-C.
 IMPATIENT_AFTER_SECONDS = 2.0
+_SECONDS_TO_BE_ENDED = 30.0
+# What gloo and NCCL say when the process at the other end has ended.
+_LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopSignals:
     """A context manager that records the first stop signal in ``number`` (0 for none) instead of ending the process.
 
-    A SIGINT more than ``IMPATIENT_AFTER_SECONDS`` later raises KeyboardInterrupt.
+    A SIGINT more than ``IMPATIENT_AFTER_SECONDS`` later raises KeyboardInterrupt. If another process of the launcher
+    has ended before, the first signal ends this one: it may wait for the other, and can never finish its step.
 
     Args:
         on_first: called in a separate thread with the number of the first signal as soon as it arrives.
@@ -63,7 +67,7 @@ class StopSignals:
         Python runs a signal handler only after the main thread returns from native code, which may take a minute in a
         backward pass; the wake-up file descriptor is written to immediately.
         """
-        if self._on_first is None:
+        if self._on_first is None and _num_siblings() == 1:
             return
         ours, theirs = socket.socketpair()
         ours.settimeout(0)  # the wake-up descriptor must not block
@@ -79,7 +83,38 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
+def await_launcher(error: BaseException) -> None:
+    """If ``error`` says that another process of the run has ended, wait for the launcher to end this one too.
+
+    The other process reports its error, and its exit code is that of the run if the launcher finds no other failure
+    with it. Returns after half a minute in which no launcher has ended this process.
+    """
+    if lost_a_process(error):
+        time.sleep(_SECONDS_TO_BE_ENDED)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Return whether ``error`` says that another process of the run has ended."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in _LEFT_ALONE)
+
+
+def _num_siblings() -> int:
+    """Return the number of processes, with this one, that the launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _is_left_alone() -> bool:
+    """Return whether another process of the launcher has ended."""
+    import psutil  # noqa: PLC0415
+
+    if _num_siblings() == 1:
+        return False
+    found = [one.info for one in psutil.process_iter(["ppid", "status"]) if one.info["ppid"] == os.getppid()]
+    num_alive: int = sum(one["status"] != psutil.STATUS_ZOMBIE for one in found)
+    return num_alive < _num_siblings()
+
+
+def _tell_first(arrived: socket.socket, tell: Callable[[int], None] | None) -> None:
     """Call ``tell`` with the number of the first signal, then keep reading until the other end is closed."""
     has_told = False
     with arrived:
@@ -87,7 +122,10 @@ def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
             first = next((number for number in numbers if number in STOP_SIGNALS), None)
             if first is not None and not has_told:
                 has_told = True
-                tell(first)
+                if _is_left_alone():  # the main thread may never return from a collective, nor from an exit handler
+                    os._exit(128 + ends_as(first))
+                if tell is not None:
+                    tell(first)
 
 
 def describe_stop(number: int) -> str:

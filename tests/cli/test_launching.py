@@ -155,6 +155,24 @@ def test_a_process_that_failed_does_not_wait_for_others(
 
 
 @pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_run_with_its_own_error(tmp_path: Path) -> None:
+    """Of 1,600 rows of a stream, one that is not among the first 1,000 cannot be read."""
+    rows = [{"text": text, "label": label} for text, label in reviews(1600)]
+    rows[1501]["label"] = "neither"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scored = write_table(tmp_path / "scored.csv", reviews(20))
+    words = ["train", "-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification", "-d", data, "-o", "run"]
+    words += ["data.streaming=true", f"data.validation_path={scored}", "task.labels=[negative, positive]"]
+    outcome = finish(start(*words, "--max-steps", 400, "--batch-size", 8, "--num-processes", 2, "--quiet"))
+
+    assert outcome.exit_code == 3, outcome.stderr
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert "label 'neither' is not among the classes" in outcome.stderr
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_is_a_safe_stop(pair: Pair, tmp_path: Path) -> None:
     run, words = tmp_path / "run", [*pair.words, "--batch-size", 8, "--num-processes", 2]
     process = start(*words, "-o", run, env=pair.env)
