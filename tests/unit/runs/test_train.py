@@ -26,10 +26,28 @@ from tests.tiny_runs import SETTINGS
             ["warning: train.num_cycles=12 is not below the 12 steps of the run: nothing decays"],
         ),
         ({"schedule": "cosine-restarts", "num_cycles": 11}, []),
+        (
+            {"eval_every_steps": 13},
+            ["train.eval_every_steps=13 is not reached: only the last step, 12, is scored"],
+        ),
+        ({"eval_every_steps": 12, "save_every_steps": 12}, []),
+        (
+            {"save_every_steps": 13},
+            ["train.save_every_steps=13 is not reached: the best and the last step are saved"],
+        ),
+        (
+            {"patience": 1},
+            ["warning: train.patience=1 cannot end a run of 2 evaluations early: lower train.eval_every_steps"],
+        ),
+        ({"patience": 1, "eval_every_steps": 4}, []),
+        (
+            {"patience": 2, "eval_every_steps": 5},
+            ["warning: train.patience=2 cannot end a run of 3 evaluations early: lower train.eval_every_steps"],
+        ),
     ],
 )
 def test_steps_that_a_run_does_not_have_are_remarked_on(settings: dict[str, Any], says: list[str]) -> None:
-    assert list(_remarks_on_steps(replace(SETTINGS, **settings), 12)) == says
+    assert list(_remarks_on_steps(replace(SETTINGS, **settings), 12, 6)) == says
 
 
 @pytest.mark.parametrize(
