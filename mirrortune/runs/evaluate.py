@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from mirrortune.adapters.files.find import adapter_to_score
+from mirrortune.config.recipe import read_target_recipe, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
 from mirrortune.runs.index_checks import check_end_tokens, check_rows
 from mirrortune.runs.load import Evaluable, load_evaluable
 from mirrortune.runs.results import data_changes
-from mirrortune.runs.rows import evaluation_rows, read_data
+from mirrortune.runs.rows import describe_trained_on, evaluation_rows, num_trained_on, read_data
 from mirrortune.runs.size import default_eval_batch
 from mirrortune.system.atomic import clear_leftovers, write_text_atomically
 from mirrortune.system.claims import claimed
@@ -32,13 +33,14 @@ from mirrortune.system.console import Reporter
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
-from mirrortune.system.paths import PLAIN_NAME, is_plain_name
+from mirrortune.system.paths import PLAIN_NAME, DataPlace, is_plain_name
 from mirrortune.system.run_directory import run_of
 from mirrortune.tasks.base import Answers, Task, check_columns, reading_like, with_label_columns
 from mirrortune.tasks.classes import classes_of
 from mirrortune.training.evaluate import evaluate_split
 
 _OTHER_FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx")
+_MOST_TRAINING_BYTES = 1 << 28  # of training data that is read to count the rows that were trained on
 _HEADER = "index\tprediction"
 # Control characters, line and paragraph separators, and surrogates, which UTF-8 cannot encode.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -130,6 +132,9 @@ def _evaluate(
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     warn_of_changed_data(adapter_folder if is_own_data else None, data, [rows], reporter)
+    train = None if is_own_data or adapter_folder is None else _training_rows(adapter_folder, found.task)
+    if train is not None and (count := num_trained_on(train, rows, found.task)):
+        reporter.note(describe_trained_on(count, "row" if name == "all" else f"{name} row"))
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
@@ -218,6 +223,33 @@ def warn_of_changed_data(
             f"warning: the data is not that of the run ({'; '.join(changes)}), so other rows are set aside than in "
             "training: some of these rows may have been trained on"
         )
+
+
+def _training_rows(adapter_folder: Path, task: Task) -> Split | None:
+    """Return the rows that the run of an adapter was trained on, or None if these are not small unchanged local files.
+
+    Looking for them must neither download anything nor take longer than the evaluation.
+    """
+    run = run_of(adapter_folder)
+    if run is None:
+        return None
+    with suppress(MirrortuneError, OSError):
+        settings = unpack_for_eval(resolve([read_target_recipe(run.recipe)[0]]).recipe)
+        files = [file for source in settings.data.sources for file in _files_of(source.place)]
+        if settings.data.streaming or not files or sum(file.stat().st_size for file in files) > _MOST_TRAINING_BYTES:
+            return None
+        data = read_data(settings.data, settings.task)
+        if not data_changes(run, data.origin):
+            return evaluation_rows(settings.data, data, "train", task, is_own_data=True)[0]
+    return None
+
+
+def _files_of(place: DataPlace) -> list[Path]:
+    """Return the files of data that is a table, or a folder of tables without subfolders; none for other data."""
+    if place.kind not in ("path", "shipped"):
+        return []
+    found = sorted(place.path().iterdir()) if place.path().is_dir() else [place.path()]
+    return found if all(file.is_file() for file in found) else []
 
 
 def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:

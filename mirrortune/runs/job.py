@@ -24,7 +24,6 @@ from mirrortune.data.draws import (
     source_counts,
     stream_shares,
 )
-from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import StreamedExamples
 from mirrortune.data.mixture import source_numbers
@@ -44,7 +43,7 @@ from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
-from mirrortune.runs.rows import RunRows, choose_rows, read_data
+from mirrortune.runs.rows import RunRows, choose_rows, describe_trained_on, num_trained_on, read_data
 from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.runs.size import Plan, attach_empty, make_plan
 from mirrortune.system.cache import check_disk
@@ -355,15 +354,10 @@ def _check_test(test: Split, task: Task, processor: Any, reading: Reading, repor
 def _count_duplicates(rows: RunRows, reporter: Reporter) -> int:
     """Return how many validation rows are also training rows; print this number for every scored split."""
     splits = {"validation": rows.validation, **rows.reported, **({} if rows.test is None else {"test": rows.test})}
-    found = {}
-    for name, split in splits.items():
-        in_both = set(rows.train.table.column_names) & set(split.table.column_names)
-        columns = rows.task.columns()
-        inputs = [(role, column) for role, column in columns if role not in TARGET_ROLES and column in in_both]
-        found[name] = rows_in_both(rows.train, split, inputs)
-        if found[name]:
-            are = "is" if found[name] == 1 else "are"
-            reporter.note(f"  {counted(found[name], f'{name} row')} {are} also among the training rows")
+    found = {name: num_trained_on(rows.train, split, rows.task) for name, split in splits.items()}
+    for name, count in found.items():
+        if count:
+            reporter.note(f"  {describe_trained_on(count, f'{name} row')}")
     return found["validation"]
 
 

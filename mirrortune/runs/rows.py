@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, load_data, set_aside, take_subset
+from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.arrow import is_string
 from mirrortune.data.files.media import FILE_ROLES, named_files, remarks_on
 from mirrortune.data.labels import as_name, without_labels
@@ -398,6 +399,18 @@ def evaluation_rows(
     named = names.get(split, split)
     # Other data may have other split names: GLUE's diagnostic set has only a test split, MNLI two validation splits.
     return data.require(named if data.find(named) else split, "--split"), split
+
+
+def num_trained_on(train: Split, rows: Split, task: Task) -> int:
+    """Return how many of ``rows`` have the inputs of a row of ``train``."""
+    in_both = set(train.table.column_names) & set(rows.table.column_names)
+    inputs = [(role, name) for role, name in task.columns() if role not in TARGET_ROLES and name in in_both]
+    return rows_in_both(train, rows, inputs)
+
+
+def describe_trained_on(count: int, noun: str) -> str:
+    """Describe what :func:`num_trained_on` has counted."""
+    return f"{counted(count, noun)} {'is' if count == 1 else 'are'} also among the training rows"
 
 
 def any_split(settings: DataSettings, data: DataSet) -> Split:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_rows_of_a_validation_split_that_was_trained_on_are_not_scored_as_valida
 
     assert (scored["split"], scored["rows"]) == ("validation", 4)
     assert scored["metrics"] == pytest.approx(trained["metrics"], abs=1e-5)
+
+
+def test_training_rows_in_other_data_are_counted(run: Path, desk: Path) -> None:
+    """A copy of the file of the run, of whose 60 rows 6 were set aside, and a row that nobody has seen."""
+    shutil.copy(run.parent / "reviews.csv", desk / "copy.csv")
+    said = mirrortune("eval", run, "-d", "copy.csv").said
+    found = re.search(r"(\d+) rows are also among the training rows", said)
+    assert found is not None
+    assert 54 <= int(found[1]) <= 60  # equal sentences
+
+    (desk / "part.csv").write_text("text,label\nthis one is new,positive\n", encoding="utf-8")
+    assert "among the training rows" not in mirrortune("eval", run, "-d", "part.csv").said
+    assert "among the training rows" not in mirrortune("eval", run, "--split", "train").said
 
 
 def test_other_data_is_scored_whole(run: Path, desk: Path) -> None:
