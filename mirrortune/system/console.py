@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -55,58 +55,50 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def keep_standard_files() -> None:
-    """Open the null device in place of closed standard files, whose numbers the next files would get.
+    """Open the null device in place of closed standard files, and let standard error fail without an exception.
 
-    Libraries would otherwise write their warnings into a checkpoint.
+    The next opened file would get the number of a closed one, and libraries would write their warnings into a
+    checkpoint.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stderr is not None:
+        lossy: Any = _Lossy(sys.stderr)
+        sys.stderr = cast(TextIO, lossy)
 
 
 class _Lossy:
-    """A text file whose content is dropped from the first failure to write on."""
+    """A text file in which what cannot be written is lost.
+
+    A full disk of its log, a terminal that is gone or a ``tee`` that has ended must not end a run of days, whose log is
+    in its folder. Every write is tried, because there may be space again.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
+        self.is_losing = False  # some of the last text was not written
 
     def write(self, text: str) -> int:
-        """Write a text, or drop it."""
+        """Write a text, or lose it."""
+        self.is_losing = False
         try:
             return self._file.write(text)
         except OSError:
-            _drop_unwritten(self._file)
+            self.is_losing = True
             return len(text)
 
     def flush(self) -> None:
-        """Flush the file, or drop what is unwritten."""
+        """Flush the file, if it can be written."""
         try:
             self._file.flush()
         except OSError:
-            _drop_unwritten(self._file)
+            self.is_losing = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-class _Notes(Console):
-    """A console on standard error.
-
-    A full disk of its log, a terminal that is gone or a ``tee`` that has ended must not end a run of days, whose log is
-    in its folder.
-    """
-
-    @property
-    def file(self) -> IO[str]:
-        """The file that is written."""
-        lossy: Any = _Lossy(super().file)
-        return cast(IO[str], lossy)
-
-    @file.setter
-    def file(self, new_file: IO[str]) -> None:
-        self._file = new_file
 
 
 def _drop_unwritten(file: Any) -> None:
@@ -116,7 +108,7 @@ def _drop_unwritten(file: Any) -> None:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    console = (_Notes if stderr else Console)(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
     if console.width < 1:  # with COLUMNS=0 nothing would be shown
         console.width = 80
     return console
@@ -196,8 +188,12 @@ class Reporter:
         self.note(text, level=_VERBOSE)
 
     def error(self, text: str) -> None:
-        """Print an error to stderr, on every rank."""
-        self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
+        """Print an error to stderr, on every rank; if that cannot be written, to stdout, if it is a terminal."""
+        message = Text("error: ", style="bold red") + Text(printable(text))
+        self._err.print(message)
+        if getattr(sys.stderr, "is_losing", False) and sys.stdout is not None and sys.stdout.isatty():
+            with suppress(OSError):
+                self._out.print(message)
 
     def piece(self, text: str) -> None:
         """Print part of a result immediately, with control characters escaped and no newline added."""

@@ -226,22 +226,68 @@ def test_a_result_that_cannot_be_written_is_said(*, as_json: bool, monkeypatch: 
             Reporter(as_json=as_json).result({"a": 1}, ["a 1"])
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_notes_that_cannot_be_written_do_not_end_a_run(*, is_broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+# What a command writes to a standard error that fails, and how it ends. Size limits stand for full disks.
+PROGRAM = """
+import io, resource, signal, sys
+from mirrortune.system.console import Reporter, keep_standard_files
+keep_standard_files()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+reporter = Reporter()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+if sys.argv[1] == "full for a while":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    reporter.note("a lost note\\n" * 9000, has_lines=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+reporter.note("a note")
+with reporter.training() as progress:
+    progress.on_start(2, 0)
+    progress.on_log({"event": "train", "step": 1, "epoch": 0.5, "loss": 1.0})
+with reporter.bar("rows", 1) as bar:
+    bar.advance()
+reporter.error("an error")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("place", ["full", "broken pipe"])
+def test_notes_that_cannot_be_written_do_not_end_a_run(place: str) -> None:
     """The disk of a log is full, or the ``tee`` of a run has ended."""
     reading, writing = os.pipe()
     os.close(reading)
-    place: Any = writing if is_broken else "/dev/full"
-    with open(place, "w", buffering=1, encoding="utf-8") as file:  # noqa: PTH123
-        monkeypatch.setattr("sys.stderr", file)
-        reporter = Reporter()
-        reporter.note("a note\n" * 1000, has_lines=True)
-        reporter.error("an error")
-        with reporter.training() as progress:
-            progress.on_start(2, 0)
-            progress.on_log({"event": "train", "step": 1, "epoch": 0.5, "loss": 1.0})
-        with reporter.bar("rows", 1) as bar:
-            bar.advance()
+    with open("/dev/full" if place == "full" else writing, "w", encoding="utf-8") as file:  # noqa: PTH123
+        words = [sys.executable, "-c", PROGRAM, place]
+        outcome = subprocess.run(words, stdout=subprocess.PIPE, stderr=file, cwd=Path(__file__).parents[3], check=False)
+    assert (outcome.returncode, outcome.stdout) == (3, b"")
+
+
+def test_notes_are_written_again_once_there_is_space(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        words = [sys.executable, "-c", PROGRAM, "full for a while"]
+        outcome = subprocess.run(words, stderr=file, cwd=Path(__file__).parents[3], check=False)
+    assert outcome.returncode == 3
+    said = log.read_text(encoding="utf-8")
+    assert "\na note\n" in f"\n{said}"
+    assert said.endswith("rows: 1 done\nerror: an error\n")
+
+
+def test_an_error_is_shown_on_the_terminal_if_the_log_is_full() -> None:
+    leader, terminal_of_it = os.openpty()
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        words = [sys.executable, "-c", PROGRAM, "full"]
+        outcome = subprocess.run(words, stdout=terminal_of_it, stderr=full, cwd=Path(__file__).parents[3], check=False)
+    os.set_blocking(leader, False)
+    assert outcome.returncode == 3
+    assert b"an error" in os.read(leader, 4096)
+    os.close(terminal_of_it)
+    os.close(leader)
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["train", "--nope"], ["merge"], ["train", "--batch-size"]])
+def test_a_usage_error_that_cannot_be_shown_has_its_exit_code(words: list[str]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        command = [sys.executable, "-m", "mirrortune", *words]
+        assert subprocess.run(command, stderr=full, cwd=Path(__file__).parents[3], check=False).returncode == 2
 
 
 def test_files_never_get_the_number_of_a_closed_standard_file(tmp_path: Path) -> None:
