@@ -4,19 +4,12 @@ processor beside the base: attach, save_adapter, load_adapter, merge_adapter, re
 
     python -m tests.matrix.auto_walk --out FILE.json                every model type of every Auto class
     python -m tests.matrix.auto_walk --out FILE.json --each 3       three types of each class
-    python -m tests.matrix.auto_walk --out FILE.json --page         what FILE.json holds, as auto_results.md
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
-import time
 import warnings
-from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +19,7 @@ from torch import Tensor, nn
 import mirrortune
 from mirrortune.adapters.inject import adapter_parameters
 from mirrortune.tasks.drawn_inputs import drawn_inputs, first_that_runs
-from tests.matrix.configs import tiny_configs
-from tests.matrix.walk import SECONDS, Failure, NotRunError, _first_line, _limit, _quiet, _random, relative_error
-
-_LARGEST = 40_000_000  # numbers of a model that is still run here
-PAGE = Path(__file__).parent / "auto_results.md"
+from tests.matrix.walk import Failure, Inputs, NotRunError, first_line, judged, relative_error, smallest, walk_all
 
 
 def auto_classes() -> dict[str, dict[str, list[str]]]:
@@ -48,39 +37,14 @@ def auto_classes() -> dict[str, dict[str, list[str]]]:
 
 
 def build(auto: str, model_type: str) -> nn.Module:
-    """The smallest random model of a type that its Auto class makes and that some drawn inputs run.
-
-    Raises:
-        NotRunError: if there is none, with the last reason.
-    """
+    """The smallest random model of a type that its Auto class makes and that some drawn inputs run."""
     import transformers
-    from transformers import CONFIG_MAPPING
 
-    auto_class, reason = getattr(transformers, auto), ""
-    try:
-        for config in tiny_configs(CONFIG_MAPPING[model_type]):
-            config.architectures = [auto_classes()[auto][model_type][0]]
-            try:
-                with torch.device("meta"):
-                    size = sum(p.numel() for p in auto_class.from_config(config).parameters())
-                if size > _LARGEST:
-                    reason = reason or f"too large to be run here ({size:,} numbers)"
-                    continue
-                model = _random(auto_class.from_config(config))
-                found = _inputs(model)
-            except Exception as error:  # noqa: BLE001  (whatever a model says; the next configuration may do)
-                reason = _first_line(error)
-                continue
-            if not isinstance(found, str) and len(found[1]) and torch.isfinite(found[1]).any():
-                return model
-            reason = found if isinstance(found, str) else "its output is not finite"
-    except Exception as error:  # noqa: BLE001
-        reason = _first_line(error)
-    raise NotRunError(reason)
+    architecture = auto_classes()[auto][model_type][0]
+    return smallest(getattr(transformers, auto), model_type, architecture, _inputs)[0]
 
 
-def _inputs(model: Any) -> tuple[dict[str, Any], Tensor] | str:
-    """The drawn inputs that a model runs, with its outputs; or why there are none."""
+def _inputs(model: Any) -> Inputs:
     return first_that_runs(drawn_inputs(type(model), model.config), lambda batch: every_output(model, batch))
 
 
@@ -98,19 +62,8 @@ def every_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def check(auto: str, model_type: str, **options: Any) -> dict[str, Any]:
-    """Walk one type by one Auto class; what was found, with ``status`` passed, failed, refused or not run."""
-    started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        try:
-            found = _live(build(auto, model_type), Path(folder), options)
-        except NotRunError as error:
-            found = {"status": "not run", "reason": str(error)}
-        except TimeoutError:
-            raise
-        except Exception as error:  # noqa: BLE001  (the reason is the result)
-            where = "" if isinstance(error, Failure) else f"{type(error).__name__}: "
-            found = {"status": "failed", "reason": where + _first_line(error)}
-    return {**found, "seconds": round(time.process_time() - started, 1)}
+    """Walk one type by one Auto class; see :func:`tests.matrix.walk.judged`."""
+    return judged(lambda folder: _live(build(auto, model_type), folder, options))
 
 
 def _live(model: nn.Module, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +83,7 @@ def _live(model: nn.Module, folder: Path, options: dict[str, Any]) -> dict[str, 
         inputs, before = found
         drift = relative_error(every_output(again, inputs), before)
     except Exception as error:
-        raise NotRunError(f"transformers does not reopen its own checkpoint: {_first_line(error)}") from error
+        raise NotRunError(f"transformers does not reopen its own checkpoint: {first_line(error)}") from error
     if not drift <= 1e-5:
         raise NotRunError(f"two copies of the same checkpoint differ by {drift:.0e}")
     model = mirrortune.attach(plain, **options)
@@ -157,62 +110,20 @@ def _live(model: nn.Module, folder: Path, options: dict[str, Any]) -> dict[str, 
     }  # fmt: skip
 
 
-def check_in_time(auto: str, model_type: str) -> dict[str, Any]:
-    """:func:`check`, as failed when it takes too long."""
-    try:
-        with _limit(SECONDS):
-            return check(auto, model_type)
-    except TimeoutError as error:
-        return {"status": "failed", "reason": str(error)}
-
-
-def page(results: dict[str, dict[str, dict[str, Any]]], versions: str) -> str:
-    """The types that passed by each class, and a row for every other one that was walked."""
-    found = [(auto, t, f) for auto, types in sorted(results.items()) for t, f in sorted(types.items())]
-    counts = Counter(f["status"] for *_, f in found)
-    passed: dict[str, list[str]] = {}
-    for auto, model_type, one in found:
-        if one["status"] == "passed":
-            passed.setdefault(auto, []).append(model_type + ("" if one["compared"] else " (weights alone)"))
-    odd = [(a, t, f["status"], f["reason"].replace("|", "/")[:150]) for a, t, f in found if f["status"] != "passed"]
-    counted = ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "not run"))
-    walked = [f"| `{auto}` | {', '.join(types)} |" for auto, types in passed.items()]
-    others = [f"| `{auto}` | {model_type} | {status} | {reason} |" for auto, model_type, status, reason in odd]
-    return "\n".join(
-        [
-            "Written by `python -m tests.matrix.auto_walk`. Not run: transformers alone does not build, run or reopen "
-            "the type in the small form that the walk makes of its configuration, or not with inputs drawn from it.",
-            "", f"{counted} ({versions}).", "", "| class | types that passed |", "|---|---|", *walked,
-            "", "| class | type | | reason |", "|---|---|---|---|", *others, "",
-        ]
-    )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--classes", help="comma-separated Auto classes; all by default")
     parser.add_argument("--types", help="comma-separated model types; all by default")
     parser.add_argument("--each", type=int, help="so many types of each class at most")
     parser.add_argument("--out", type=Path, required=True, help="results, kept as they come and taken up there")
-    parser.add_argument("--page", action="store_true", help="write the page of what the results hold, and walk nothing")
     given = parser.parse_args()
-    results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    if given.page:
-        versions = f"transformers {metadata.version('transformers')}, torch {metadata.version('torch').split('+')[0]}"
-        PAGE.write_text(page(results, versions), encoding="utf-8")
-        return
+    cases = []
     for auto, types in auto_classes().items():
         if given.classes and auto not in given.classes.split(","):
             continue
         chosen = [t for t in types if not given.types or t in given.types.split(",")]
-        for model_type in chosen[: given.each]:
-            if model_type in results.get(auto, {}):
-                continue
-            found = check_in_time(auto, model_type)
-            sys.stdout.write(f"{auto:40} {model_type:24} {json.dumps(found)}\n")
-            sys.stdout.flush()
-            results.setdefault(auto, {})[model_type] = found
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
+        cases += [(auto, model_type) for model_type in chosen[: given.each]]
+    walk_all(cases, check, given.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.matrix.share import PAGE, exceptions, page, sentence_of
-from tests.matrix.walk import check, check_in_time, registry
+from tests.matrix.walk import check, registry
 from tests.test_docs import DOCS
 
 CORE = {
@@ -42,7 +42,7 @@ def test_a_type_goes_the_whole_way(model_type: str, head: str) -> None:
 def test_every_type_does_what_the_page_says(model_type: str) -> None:
     known = exceptions(PAGE.read_text(encoding="utf-8"))
     for head in registry()[model_type]:
-        found = check_in_time(model_type, head)
+        found = check(model_type, head)
         assert found["status"] == known.get((model_type, head), "passed"), f"{head}: {found.get('reason')}"
 
 

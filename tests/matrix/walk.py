@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import MirrortuneError
 from mirrortune.merging.in_memory import merged_state
+from mirrortune.tasks.drawn_inputs import first_that_runs
 from tests.matrix.configs import tiny_configs
 from tests.matrix.inputs import inputs_for
 from tests.matrix.share import PAGE, page
@@ -49,6 +50,8 @@ HEADS = {
     "audio-classification": "AudioClassification",
 }
 """Kinds of heads, and the Auto class that gives them."""
+Inputs = tuple[dict[str, Tensor], Tensor] | str
+"""Inputs that a model runs with its output, or why there are none."""
 _LARGEST = 40_000_000  # numbers of a model that is still run here
 SECONDS = 60  # of one model, which takes one or two
 
@@ -88,19 +91,37 @@ def _class_name(model_type: str, head: str) -> str:
 
 
 def build(model_type: str, head: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The smallest model of that type that runs, with random weights, and inputs for it.
-
-    Raises:
-        NotRunError: if none does, with the last reason.
-    """
+    """The smallest model of that type that runs, with random weights, and inputs for it."""
     import transformers
-    from transformers import CONFIG_MAPPING
+
+    def runs(model: nn.Module) -> Inputs:
+        return first_that_runs(inputs_for(model, head), lambda inputs: run(model, inputs))
 
     auto = getattr(transformers, f"AutoModelFor{HEADS[head]}")
+    with torch.no_grad():
+        return smallest(auto, model_type, _class_name(model_type, head), runs)
+
+
+def smallest(
+    auto: Any, model_type: str, architecture: str, runs: Callable[[nn.Module], Inputs]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The smallest random model of a type that its Auto class makes and that runs, and its inputs.
+
+    Args:
+        auto: the Auto class.
+        model_type: in transformers' registry.
+        architecture: class of the model, for types that have several.
+        runs: finds inputs that a model runs.
+
+    Raises:
+        NotRunError: if there is none, with the last reason.
+    """
+    from transformers import CONFIG_MAPPING
+
     reason = ""
     try:
         for config in tiny_configs(CONFIG_MAPPING[model_type]):
-            config.architectures = [_class_name(model_type, head)]  # for types that have several classes for a head
+            config.architectures = [architecture]
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in auto.from_config(config).parameters())
@@ -108,20 +129,15 @@ def build(model_type: str, head: str) -> tuple[nn.Module, dict[str, Tensor]]:
                     reason = reason or f"too large to be run here ({size:,} numbers)"
                     continue
                 model = _random(auto.from_config(config))
+                found = runs(model)
             except Exception as error:  # noqa: BLE001  (whatever a model says; the next configuration may do)
-                reason = _first_line(error)
+                reason = first_line(error)
                 continue
-            for inputs in inputs_for(model, head):
-                try:
-                    with torch.no_grad():
-                        output = run(model, inputs)
-                    if torch.isfinite(output).any():
-                        return model, inputs
-                    reason = "its output is not finite"
-                except Exception as error:  # noqa: BLE001  (the next inputs may do)
-                    reason = _first_line(error)
+            if not isinstance(found, str) and torch.isfinite(found[1]).any():
+                return model, found[0]
+            reason = found if isinstance(found, str) else "its output is not finite"
     except Exception as error:  # noqa: BLE001
-        reason = _first_line(error)
+        reason = first_line(error)
     raise NotRunError(reason)
 
 
@@ -160,19 +176,27 @@ def used_weights(model: nn.Module, inputs: dict[str, Tensor], names: dict[str, A
 
 
 def check(model_type: str, head: str, spec: AdapterSpec | None = None) -> dict[str, Any]:
-    """Walk one type with one head; what was found, with ``status`` passed, failed or not run."""
+    """Walk one type with one head; see :func:`judged`."""
+
+    def walk(folder: Path) -> dict[str, Any]:
+        model, inputs = build(model_type, head)
+        return _live(*_reopened(model, inputs, folder), spec or AdapterSpec())
+
+    return judged(walk)
+
+
+def judged(walk: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What a walk in an empty folder found, with ``status`` passed, failed (after :data:`SECONDS` too) or not run."""
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, _quiet():
         try:
-            model, inputs = build(model_type, head)
-            found = _live(*_reopened(model, inputs, Path(folder)), spec or AdapterSpec())
+            with _limit(SECONDS):
+                found = walk(Path(folder))
         except NotRunError as error:
             found = {"status": "not run", "reason": str(error)}
-        except TimeoutError:
-            raise
         except Exception as error:  # noqa: BLE001  (the reason is the result)
-            where = "" if isinstance(error, MirrortuneError | Failure) else f"{type(error).__name__}: "
-            found = {"status": "failed", "reason": where + _first_line(error)}
+            where = "" if isinstance(error, MirrortuneError | Failure | TimeoutError) else f"{type(error).__name__}: "
+            found = {"status": "failed", "reason": where + first_line(error)}
     return {**found, "seconds": round(time.process_time() - started, 1)}
 
 
@@ -189,7 +213,7 @@ def _reopened(model: nn.Module, inputs: dict[str, Tensor], folder: Path) -> tupl
         with torch.no_grad():
             outputs = [run(m, inputs) for m in (first, second)]
     except Exception as error:
-        raise NotRunError(f"transformers does not reopen its own checkpoint: {_first_line(error)}") from error
+        raise NotRunError(f"transformers does not reopen its own checkpoint: {first_line(error)}") from error
     if (error := relative_error(outputs[0], outputs[1])) > 1e-5:
         raise NotRunError(f"two copies of the same checkpoint differ by {error:.0e}")
     return type(model), inputs, base
@@ -273,7 +297,7 @@ def _factors(name: str, weight: Tensor, rank: int) -> Factors:
     return factorize(weight, rank, name=name)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
 
@@ -305,13 +329,21 @@ def _limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, previous)
 
 
-def check_in_time(model_type: str, head: str) -> dict[str, Any]:
-    """:func:`check`, as failed after :data:`SECONDS`."""
-    try:
-        with _limit(SECONDS):
-            return check(model_type, head)
-    except TimeoutError as error:
-        return {"status": "failed", "reason": str(error)}
+def walk_all(
+    cases: Iterable[tuple[str, str]], check: Callable[[str, str], dict[str, Any]], out: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Check every case that ``out`` does not hold yet, print what was found, and keep it there as it comes."""
+    results: dict[str, Any] = json.loads(out.read_text()) if out and out.is_file() else {}
+    for one, other in cases:
+        if other in results.get(one, {}):
+            continue
+        found = check(one, other)
+        sys.stdout.write(f"{one:40} {other:24} {json.dumps(found)}\n")
+        sys.stdout.flush()
+        results.setdefault(one, {})[other] = found
+        if out:
+            out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def main() -> None:
@@ -322,17 +354,7 @@ def main() -> None:
     types = registry()
     if given.types:
         types = {name: types[name] for name in given.types.split(",")}
-    results: dict[str, Any] = json.loads(given.out.read_text()) if given.out and given.out.is_file() else {}
-    for model_type, heads in types.items():
-        for head in heads:
-            if head in results.get(model_type, {}):
-                continue
-            found = check_in_time(model_type, head)
-            sys.stdout.write(f"{model_type:30} {head:24} {json.dumps(found)}\n")
-            sys.stdout.flush()
-            results.setdefault(model_type, {})[head] = found
-            if given.out:
-                given.out.write_text(json.dumps(results, indent=1) + "\n")
+    results = walk_all(((name, head) for name, heads in types.items() for head in heads), check, given.out)
     if not given.types:
         versions = f"transformers {metadata.version('transformers')}, torch {metadata.version('torch').split('+')[0]}"
         PAGE.write_text(page(results, versions), encoding="utf-8")
