@@ -29,7 +29,7 @@ from typing import Any
 
 from mirrortune.compare.grid import Cell
 from tests.bench.assets import build
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.bench.real import environment, refresh
 from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
 
@@ -164,8 +164,7 @@ def _scores(metrics: dict[str, float], rows: int) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--data", type=Path, help="the rows, see tests/bench/real_hub.py")
     parser.add_argument("--model", type=Path, help="folder of the weights; those of tests/bench/assets.py by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -174,7 +173,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")
     parser.add_argument("--list", action="store_true", help="print the commands")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(words)
     options.folder = options.folder.absolute()
     return options

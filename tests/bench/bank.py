@@ -37,7 +37,7 @@ from mirrortune.adapters.inject import adapter_parameters
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors
 from tests.bench.contestants import any_factors, hardware, make_model, versions
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 ROWS, WRITTEN, TARGETS = 64, 8, ["query", "key", "value", "dense"]
 Run = Callable[[Tensor, int], None]
@@ -213,8 +213,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)

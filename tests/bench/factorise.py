@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mirrortune.adapters.factor_cache import FactorCache
 from tests.bench.contestants import hardware, wait
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 # Of a BERT-base, and of an 8B Llama but for its small ones; wide ones are counted as tall, which cost the same.
 SHAPES = {"cpu": {(768, 768): 48, (3072, 768): 24}, "cuda": {(4096, 4096): 64, (14336, 4096): 96}}
@@ -200,8 +200,7 @@ def main() -> None:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side-by-side", type=int, default=8, help="matrices that are timed by the clock; 0 for none")
     parser.add_argument("--whole", type=int, default=72, help="matrices that are put into a cache")

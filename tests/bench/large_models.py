@@ -29,7 +29,7 @@ import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
 from mirrortune.system.tensor_files import PlannedTensor, shard_like, write_shards
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import tiny_chat_tokenizer
 
 _WIDTH, _INSIDE, _VOCABULARY, _SHARD_BYTES = 1024, 2816, 8192, 400_000_000
@@ -90,9 +90,7 @@ def measured(*words: object, cache: Path) -> dict[str, Any]:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rank", default="full")
     parser.add_argument("--layers", type=int, default=1)

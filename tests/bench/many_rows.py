@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import write_tiny_model
 
 _SHORT = 8  # words of a short row
@@ -85,9 +85,7 @@ def _anonymous(process: subprocess.Popen[str]) -> Iterator[int]:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--megabytes", type=int, default=800)
     return parser.parse_args(words)

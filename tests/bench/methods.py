@@ -39,7 +39,7 @@ from tests.bench.contestants import (
     versions,
     wait,
 )  # fmt: skip
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.bench.peak import add_options, base_model, peaks, setting
 
 _SLOW = 5
@@ -154,7 +154,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add_options(parser)
     parser.set_defaults(factors="real")
     parser.add_argument("--steps", type=int, default=15)

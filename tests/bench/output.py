@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the benches leave what they found."""
+"""The command line that the benches share, and where they leave what they found."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+
+def command_line(doc: str | None, *, has_folder: bool = False, output: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a bench's words: ``-o``, and a folder to work in where it has one.
+
+    Args:
+        doc: docstring of the bench.
+        has_folder: whether the first word is a folder.
+        output: help of ``-o``.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if has_folder:
+        parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help=output)
+    return parser
 
 
 def write_and_print(folder: Path | None, found: dict[str, Any] | list[Any], table: str) -> None:

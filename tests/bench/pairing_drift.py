@@ -43,7 +43,7 @@ from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.system.console import Reporter
 from tests.bench.contestants import hardware, versions
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 METHODS = ("adaptive", "mirror", "random")
 CONSTANT = "train.schedule=constant"
@@ -184,9 +184,8 @@ def spread(values: Sequence[float]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("place", type=Path, help="folder of what is trained")
-    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--words", nargs="*", default=["data.max_train_rows=null"], help="settings over the recipe")
     parser.add_argument("--steps", type=int, default=132, help="of each half")

@@ -33,7 +33,7 @@ from tests.bench.contestants import (
     make_model,
     versions,
 )  # fmt: skip
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 
 def base_model(options: argparse.Namespace) -> nn.Module:
@@ -76,7 +76,6 @@ def peaks(options: argparse.Namespace, methods: Sequence[str]) -> dict[str, int 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What a model and a batch are made by."""
-    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--layers", type=int, help="as many as the size has by default")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
@@ -89,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add_options(parser)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=[REFERENCE, "mirror r=128"])
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)

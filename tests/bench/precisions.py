@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from tests.bench.contestants import SIZES, hardware, python_path, versions
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import tiny_tokenizer, write_tiny_causal
 
 ROOT = Path(__file__).parents[2]
@@ -171,9 +171,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path, help="FOLDER by default")
+    parser = command_line(__doc__, has_folder=True, output="FOLDER by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--layers", type=int, default=12)

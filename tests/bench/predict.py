@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.many_rows import measured, write_short
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import write_tiny_model
 
 _FEW = 200
@@ -40,9 +40,7 @@ def make_run(folder: Path) -> Path:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     return parser.parse_args(words)
 

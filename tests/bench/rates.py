@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mirrortune.adapters.methods import preset
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 _FAR = 2.0
 """Losses beyond so many times the best are not told apart."""
@@ -86,9 +86,8 @@ def shown(ratio: float | None) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("pairs", nargs="+", metavar="NAME=FOLDER,...", help="a pair of model and task")
-    parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args(words)
 
 

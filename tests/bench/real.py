@@ -41,6 +41,7 @@ from mirrortune.config.recipe import read_saved_recipe
 from mirrortune.system.console import Reporter
 from tests.bench.assets import build
 from tests.bench.end_to_end import MODEL
+from tests.bench.output import command_line
 from tests.bench.real_claims import contrasts, spectra
 from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
 from tests.bench.real_report import Found, write_report
@@ -203,8 +204,7 @@ def run(options: argparse.Namespace, source: Path) -> None:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__, has_folder=True, output="folder of the tables and figures; FOLDER/report by default")
     parser.add_argument("--data", type=Path, help="the rows, see tests/bench/real_hub.py")
     parser.add_argument("--assets", type=Path, help="folder of tests/bench/assets.py; FOLDER/assets by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -215,7 +215,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the plan")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--spectra", choices=TASKS, metavar="TASK", help="with --report: analyze its adapters too")
-    parser.add_argument("-o", "--output", type=Path, help="folder of the tables and figures; FOLDER/report by default")
     options = parser.parse_args(words)
     options.folder = options.folder.absolute()
     options.earlier = json.loads(options.kept.read_text(encoding="utf-8")) if options.kept else {}

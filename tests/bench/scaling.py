@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.runs.size import Load, footprint, make_plan
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 BLOCKS, GIB = 80, 2**30
 SIZES = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -105,8 +104,7 @@ def table(results: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--length", type=int, default=2048)
     return parser.parse_args(words)
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.contestants import hardware, versions
-from tests.bench.end_to_end import MODEL, model_folder
-from tests.bench.output import write_and_print
+from tests.bench.end_to_end import MODEL, peft_trainer
+from tests.bench.output import command_line, write_and_print
 
 STEPS = (80, 40, 160, 400)
 BATCH, ROWS = 16, 2400
@@ -111,36 +111,16 @@ def train(cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
 
 def train_with_peft(cell: Cell, data: Path, output: Path) -> dict[str, Any]:
     """Run what a user of transformers and PEFT runs, dynamic padding included."""
-    import datasets
-    import peft
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.set_seed(cell.seed)
-    files = {name: str(data / f"{name}.tsv") for name in ("train", "validation")}
-    rows = datasets.load_dataset("csv", data_files=files, sep="\t", cache_dir=str(output.parent / "datasets"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=2)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules="all-linear")
-    model = peft.get_peft_model(model, config)
-
-    def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        found = tokenizer(batch["sentence"], max_length=128, truncation=True)
-        return {**found, "labels": [int(label == "positive") for label in batch["label"]]}
-
-    encoded = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
-    arguments = transformers.TrainingArguments(
-        str(output), per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, max_steps=cell.steps,
-        learning_rate=1e-3, save_strategy="no", report_to=[], seed=cell.seed, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=encoded["train"], eval_dataset=encoded["validation"],
-        data_collator=transformers.DataCollatorWithPadding(tokenizer), processing_class=tokenizer,
-        compute_metrics=lambda scored: {"accuracy": float((scored.predictions.argmax(-1) == scored.label_ids).mean())},
+    trainer = peft_trainer(
+        data, output, cache=output.parent / "datasets", per_device_train_batch_size=BATCH, max_steps=cell.steps,
+        save_strategy="no", seed=cell.seed, use_cpu=True,
     )  # fmt: skip
     trainer.train()
     scored = trainer.evaluate()
-    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
+    trained = sum(p.numel() for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in n)
     return {"accuracy": scored["eval_accuracy"], "loss": scored["eval_loss"], "trained_numbers": trained}
 
 
@@ -202,9 +182,7 @@ def _score(runs: list[dict[str, Any]], seeds: int) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=(*METHODS, *VARIANTS), default=(), metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the runs that are missing")

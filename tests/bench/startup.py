@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +35,7 @@ COMMANDS = {
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__, has_folder=True)
     parser.add_argument("--against", type=Path, help="another checkout of mirrortune")
     parser.add_argument("--turns", type=int, default=7)
     return parser.parse_args(words)

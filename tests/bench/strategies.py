@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy, candidates, cheapest_strategy
 from mirrortune.adapters.svd import Factors
 from tests.bench.contestants import hardware, versions
-from tests.bench.output import write_and_print
+from tests.bench.output import command_line, write_and_print
 
 SHAPES = {
     "cpu": [(384, 384), (1536, 384), (768, 768), (3072, 768), (768, 3072)],
@@ -161,8 +160,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--method", default="mirror")
