@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ from tests import tiny_runs
 from tests.spectral import Problem
 from tests.tiny_models import tiny_bert, tiny_tokenizer
 
+ROOT = Path(__file__).parents[1]
 PARTS: list[list[list[int]]] = [[[0, 1, 2], [3, 4]], [[0, 1, 2, 3, 4], []]]
 """Rows of two processes that are compared with each other."""
 MEAN = SentenceModules(
@@ -289,12 +291,28 @@ def main(folder: Path) -> None:
     })  # fmt: skip
 
 
-def command(words: list[str]) -> None:
-    """The command line as it would be on two GPUs."""
-    train.make_accelerator = lambda *_, **__: sharding_accelerator()
+def command(words: list[str], accelerator: Callable[[], Any]) -> None:
+    """The command line as it would be on two GPUs, by an ``accelerator`` of accelerate's."""
+    train.make_accelerator = lambda *_, **__: accelerator()
     sys.argv = ["mirrortune", *words]
     app.main()
 
 
+def launch(module: str, folder: Path, *words: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a module of ``tests`` in two processes: its ``main`` in ``folder``, or a command line of ``words``."""
+    own = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    own["MIRRORTUNE_CACHE"] = str(folder / "cache")
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    started = [*python, "-m", f"tests.{module}", str(folder), *map(str, words)]
+    return subprocess.run(
+        started, env={**os.environ, **env, **own}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def found_by_each(folder: Path) -> list[dict[str, Any]]:
+    """What :func:`report` has written down for each process."""
+    return [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in (0, 1)]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else command(sys.argv[2:])
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else command(sys.argv[2:], sharding_accelerator)

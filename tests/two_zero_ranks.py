@@ -18,18 +18,15 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.cli import app
 from mirrortune.errors import DivergedError, InterruptedRun, PeerError
-from mirrortune.runs import train
 from mirrortune.system.devices import widen
 from mirrortune.system.distributed import deepspeed
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.snapshots import optimizer_tensors
 from tests import tiny_runs
 from tests.tiny_models import tiny_bert
-from tests.two_ranks import is_main, report
+from tests.two_ranks import STEPS, command, is_main, report
 
-STEPS = {"max_steps": 8, "save_every_steps": 3, "batch_size": 4}  # two processes: batches of 8, as of one
 RUNS: dict[str, tuple[AdapterSpec, dict[str, Any]]] = {
     "plain": (AdapterSpec(), {}),
     "parts": (AdapterSpec(), {"batch_size": 2, "gradient_accumulation_steps": 2}),
@@ -128,12 +125,5 @@ def main(folder: Path) -> None:
     })  # fmt: skip
 
 
-def command(words: list[str]) -> None:
-    """The command line as it would be on two GPUs."""
-    train.make_accelerator = lambda *_, **__: zero_accelerator()
-    sys.argv = ["mirrortune", *words]
-    app.main()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else command(sys.argv[2:])
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else command(sys.argv[2:], zero_accelerator)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import tiny_bert, write_tiny_model
 from tests.tiny_runs import HEAD, adapt, make_trainer
-from tests.two_zero_ranks import RUNS, STEPS
+from tests.two_ranks import STEPS, found_by_each, launch
+from tests.two_zero_ranks import RUNS
 
-ROOT = Path(__file__).parents[3]
 LAST = Path("checkpoints", "step-000008")
 needs_deepspeed = pytest.mark.deepspeed
 
@@ -43,30 +42,19 @@ class Pair:
     found: list[dict[str, Any]]
 
 
-def launch(folder: Path, stage: int, *words: object) -> subprocess.CompletedProcess[str]:
+def launch_zero(folder: Path, stage: int, *words: object) -> subprocess.CompletedProcess[str]:
     """Two processes under DeepSpeed, as accelerate launch would start them on GPUs."""
-    env = {
-        **os.environ,
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "MIRRORTUNE_CACHE": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.two_zero_ranks", str(folder), *map(str, words)]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    own = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "DS_ACCELERATOR": "cpu"}
+    return launch("two_zero_ranks", folder, *words, env=own)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     pytest.importorskip("deepspeed", exc_type=ImportError)
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    process = launch(folder, request.param)
+    process = launch_zero(folder, request.param)
     assert process.returncode == 0, process.stderr
-    found = [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in (0, 1)]
-    return Pair(request.param, folder, found)
+    return Pair(request.param, folder, found_by_each(folder))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +155,7 @@ def test_a_command_goes_the_whole_way(tmp_path: Path, stage: int, method: str) -
     words: list[object] = ["train", "-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification"]
     words += ["-d", write_table(tmp_path / "reviews.csv", reviews(61)), "--epochs", 2, "--lr", 0.1, "--json"]
     words += ["--method", method]
-    process = launch(tmp_path, stage, *words, "-o", tmp_path / "two", "--batch-size", 8)
+    process = launch_zero(tmp_path, stage, *words, "-o", tmp_path / "two", "--batch-size", 8)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("\n") == 1
     one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 16).data

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import WORDS, tiny_causal, write_tiny_model, write_tiny_seq2seq
 from tests.tiny_runs import make_accelerator, make_trainer
-from tests.two_ranks import PARTS, bases, compared_rows
+from tests.two_ranks import PARTS, bases, compared_rows, found_by_each, launch
 
 # As accelerate launch sets it for the profile fsdp2.
 FSDP = {
@@ -32,21 +29,11 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-ROOT = Path(__file__).parents[3]
 
 
-def launch(folder: Path, *words: object) -> str:
+def launch_sharded(folder: Path, *words: object) -> str:
     """What two processes under FSDP2 print to stdout."""
-    env = {
-        **os.environ,
-        **FSDP,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "MIRRORTUNE_CACHE": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.two_ranks", str(folder), *map(str, words)]
-    process = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    process = launch("two_ranks", folder, *words, env=FSDP)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -55,8 +42,8 @@ def launch(folder: Path, *words: object) -> str:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Where the two processes worked, and what each of them found."""
     folder = tmp_path_factory.mktemp("pair")
-    launch(folder)
-    return folder, [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in (0, 1)]
+    launch_sharded(folder)
+    return folder, found_by_each(folder)
 
 
 Pair = tuple[Path, list[dict[str, Any]]]
@@ -157,7 +144,7 @@ def test_a_sharded_command_is_that_of_one_process(tmp_path: Path, kind: str) -> 
     else:
         words += ["-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification", "--method", kind]
         words += ["-d", write_table(tmp_path / "reviews.csv", reviews(61))]
-    two = json.loads(launch(tmp_path, *words, "-o", tmp_path / "two", "--batch-size", 4))
+    two = json.loads(launch_sharded(tmp_path, *words, "-o", tmp_path / "two", "--batch-size", 4))
     one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 8).data
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
     assert two["trainable_parameters"] == one["trainable_parameters"]
