@@ -27,7 +27,7 @@ from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapters.svd import Rank
-from mirrortune.errors import ConfigError, ResourceError, in_python_terms
+from mirrortune.errors import ConfigError, ResourceError, first_of, in_python_terms
 from mirrortune.merging.bases import class_fields
 from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
@@ -249,9 +249,9 @@ def check_saved_whole(model: nn.Module) -> None:
     attachment(model)
     saved = vars(model).get(_TRAINED)  # None for a module that only forwards attributes of the model inside
     if saved is not None and (others := [name for name in _requiring_gradients(model) if name not in saved]):
-        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ConfigError(
-            "model", f"parameters outside the adapter require gradients, and an adapter would not hold them: {shown}",
+            "model", "parameters outside the adapter require gradients, and an adapter would not hold them: "
+            f"{first_of(others, 3)}",
             fix="Name them when attaching, attach(..., also_train=[...]), or freeze them with requires_grad_(False), "
             "which leaves their changes unsaved",
         )  # fmt: skip
@@ -260,9 +260,8 @@ def check_saved_whole(model: nn.Module) -> None:
 def _check_finite(model: nn.Module) -> None:
     trained = {**inject.adapter_parameters(model), **inject.plain_parameters(model)}
     if broken := [name for name, parameter in trained.items() if not parameter.isfinite().all()]:
-        shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
         raise ConfigError(
-            "model", f"the training has diverged: trained parameters hold NaN or infinities: {shown}",
+            "model", f"the training has diverged: trained parameters hold NaN or infinities: {first_of(broken, 3)}",
             fix="Train again with a lower learning rate; train a float16 model in bfloat16 or float32",
         )  # fmt: skip
 
@@ -270,10 +269,9 @@ def _check_finite(model: nn.Module) -> None:
 def _warn_of_changed_weights(model: nn.Module) -> None:
     """Warn of base weights that differ by more than a cast from those that the adapter was attached to."""
     if changed := changed_weights(model, vars(model).get(_SAMPLES, {})):
-        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         warnings.warn(
-            f"weights of the base were changed after the adapter was attached: {shown}. The adapter is saved for the "
-            "weights as they were, with which it acts otherwise than here; change weights before attach",
+            f"weights of the base were changed after the adapter was attached: {first_of(changed, 3)}. The adapter is "
+            "saved for the weights as they were, with which it acts otherwise than here; change weights before attach",
             stacklevel=4,
         )
 

@@ -186,6 +186,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def first_of(names: Iterable[str], most: int, joint: str = ", ") -> str:
+    """Return the first ``most`` names as a list: ``a, b and 3 more``."""
+    known = list(names)
+    return joint.join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+
+
 def device_error(error: BaseException) -> ResourceError | None:
     """Return the error for an exception of torch by which a device ran out of memory, a model does not compute in 16
     bits, or torch has no code for a GPU; None for any other exception.

@@ -22,7 +22,7 @@ from mirrortune.adapters.files.load import stored_core, trained_factors
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.options import CHOOSE_LAYERS, objection
-from mirrortune.errors import ConfigError, VerificationError, first_line
+from mirrortune.errors import ConfigError, VerificationError, first_line, first_of
 from mirrortune.merging.bases import is_model_class
 from mirrortune.merging.verify import FLOATS
 from mirrortune.models.load import DTYPES, ModelSource, load_model, resolve_dtype
@@ -256,8 +256,8 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
         fix = f"Give its own base model. If it is that: {_MERGE_FIRST}"
         raise VerificationError(label, f"none of its layers is in {base.label}", fix=fix)
     if lost := sorted(set(tuners) - set(names.values())):  # experts, which a model fuses while loading, or tied weights
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        problem = f"it adapts {lost[0].removesuffix('.weight')}{more}, whose weight is stored otherwise in {base.label}"
+        named = first_of((name.removesuffix(".weight") for name in lost), 1)
+        problem = f"it adapts {named}, whose weight is stored otherwise in {base.label}"
         raise ConfigError(label, problem, fix=_MERGE_FIRST)
     layers = {stored: tuners[own] for stored, own in names.items()}
     replaced = {stored: saved[own] for stored, own in every.items() if own in saved}

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mirrortune.data.columns import holds_lists_as_text, is_nan, number_of
 from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, nulls
 from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.errors import ConfigError, DataError, did_you_mean
+from mirrortune.errors import ConfigError, DataError, did_you_mean, first_of
 
 MISSING = -1
 # A column with more distinct values than this, and more than one for every two rows, is a text or an id, not a label.
@@ -65,10 +65,8 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
             "to predict numbers, use --task regression"
         )
     if alike := _alike(names):
-        shown = "; ".join(", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in group)
-                          for group in alike[:_SHOWN])  # fmt: skip
-        more = f" and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
-        notes.append(f"warning: classes that differ but look alike: {shown}{more}")
+        groups = (", ".join(repr(n) if unicodedata.is_normalized("NFC", n) else ascii(n) for n in g) for g in alike)
+        notes.append(f"warning: classes that differ but look alike: {first_of(groups, _SHOWN, '; ')}")
     reading = LabelReading.of(table, column, names)
     if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
         notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")

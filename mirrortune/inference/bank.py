@@ -18,7 +18,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import BANK, check_plain, check_unwrapped
 from mirrortune.adapters.kinds import plain_dtype
-from mirrortune.errors import ConfigError, did_you_mean, in_python_terms
+from mirrortune.errors import ConfigError, did_you_mean, first_of, in_python_terms
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
 from mirrortune.inference.bank_layers import Seat, Serving
@@ -251,10 +251,8 @@ class AdapterBank:
         found = self._entries.get(name)
         if found is None:
             names = list(self._entries)
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise ConfigError(
-                "bank", f"no adapter is called {name!r}.{did_you_mean(str(name), names)}", allowed=shown or "none yet"
-            )
+            problem = f"no adapter is called {name!r}.{did_you_mean(str(name), names)}"
+            raise ConfigError("bank", problem, allowed=first_of(names, 8) or "none yet")
         return found
 
     def _entry(self, name: str) -> Entry:

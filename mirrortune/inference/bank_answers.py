@@ -17,7 +17,7 @@ from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import cells, refuse_unreadable
 from mirrortune.data.labels import as_name
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import ConfigError, DataError, did_you_mean
+from mirrortune.errors import ConfigError, DataError, did_you_mean, first_of
 from mirrortune.inference.bank import AdapterBank
 from mirrortune.inference.bank_file import open_bank
 from mirrortune.inference.block_answers import BlockAnswers
@@ -127,11 +127,9 @@ class RowAdapters:
         if empty:
             where = rows.places.listed(empty)
             problems.append(f"no adapter is named in {where}, and the base has no head for this task")
-        known = self.bank.names
-        more = f" and {len(known) - _MOST_NAMED} more" if len(known) > _MOST_NAMED else ""
         raise DataError(
             f"{rows.source}, column '{self._column}'", "; ".join(problems),
-            allowed=", ".join(known[:_MOST_NAMED]) + more, fix="Correct these rows, or add the adapters to the bank",
+            allowed=first_of(self.bank.names, _MOST_NAMED), fix="Correct these rows, or add the adapters to the bank",
         )  # fmt: skip
 
     def reader(self, name: str | None) -> Reader:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.kinds import base_prefix
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, first_of
 from mirrortune.models.load_errors import quiet
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,18 +72,14 @@ def check_shapes(name: str, model: nn.Module, stored: Shapes, config: Any) -> No
     with quiet(), torch.device("meta"):
         stated = {key: tuple(p.shape) for key, p in type(model)(config).named_parameters(remove_duplicate=False)}
     if odd := [key for key in inside if key in stated and stated[key] != stored[key]]:
-        shown = "; ".join(f"{key} is {stored[key]} there, {stated[key]} by config.json" for key in odd[:_NUM_SHOWN])
+        differences = (f"{key} is {stored[key]} there, {stated[key]} by config.json" for key in odd)
         raise ConfigError(
-            f"model '{name}'", f"its weights do not fit its config.json: {shown}{_and_more(odd)}",
+            f"model '{name}'", f"its weights do not fit its config.json: {first_of(differences, _NUM_SHOWN, '; ')}",
             fix="Download or copy both again; they must be of one model",
         )  # fmt: skip
 
 
 def describe_missing(names: tuple[str, ...]) -> str:
     """Return a note that parameters of the base model start at random."""
-    shown = ", ".join(names[:_NUM_SHOWN]) + _and_more(names)
-    return f"the checkpoint lacks weights of the base model, which start at random and are trained as a head: {shown}"
-
-
-def _and_more(names: list[str] | tuple[str, ...]) -> str:
-    return f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    what = "the checkpoint lacks weights of the base model, which start at random and are trained as a head"
+    return f"{what}: {first_of(names, _NUM_SHOWN)}"

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mirrortune.data.examples import Batch, Examples, TokenExamples
-from mirrortune.errors import ConfigError, DataError, counted
+from mirrortune.errors import ConfigError, DataError, counted, first_of
 from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
 from mirrortune.system.devices import evaluating
 
@@ -265,8 +265,7 @@ def _beyond(
                            fix="Use the tokenizer or processor that belongs to the model")  # fmt: skip
     ids = np.unique(np.concatenate([values[values >= error.rows] for values in examples.token_ids()]))
     ids = ids if len(ids) else np.array([error.largest])
-    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(int(i))} ({i})" for i in ids[:_MOST_NAMED])
-    named += f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+    named = first_of((f"{tokenizer.convert_ids_to_tokens(int(i))} ({i})" for i in ids), _MOST_NAMED)
     return ConfigError(
         where, f"{table} has {error.rows} rows, none for {len(ids)} tokens of {source}: {named}",
         allowed=f"token ids 0 to {error.rows - 1}",

@@ -13,6 +13,7 @@ from torch import Tensor
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.config.recipe import Resolved
 from mirrortune.data.examples import IGNORE_INDEX, Examples
+from mirrortune.errors import first_of
 from mirrortune.reports.tables import sparkline
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
@@ -109,9 +110,8 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
     labels, counts = _shown_classes(task), task.class_counts(train)
     rare = np.flatnonzero(counts < _FEW)[np.argsort(counts[counts < _FEW], kind="stable")]
     if len(rare):
-        shown = ", ".join(f"{labels[i]} {counts[i]}" for i in rare[:_CLASSES])
-        more = f" and {len(rare) - _CLASSES} more" if len(rare) > _CLASSES else ""
-        yield f"classes with under {_FEW} examples in the training rows: {shown}{more}"
+        shown = first_of((f"{labels[i]} {counts[i]}" for i in rare), _CLASSES)
+        yield f"classes with under {_FEW} examples in the training rows: {shown}"
     scored = task.class_counts(validation)
     first = int(counts.argmax())
     if has_class_of_row and scored.sum() == len(validation) and scored[first] > _MOST * len(validation):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from mirrortune.errors import ConfigError, MirrortuneError, ResourceError
+from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, first_of
 from mirrortune.system.atomic import (
     MARKER,
     PARTIAL,
@@ -200,11 +200,9 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: OutputKind, *, over
         found = "no folder that mirrortune wrote" if marker is None else f"a {marker.kind}, not a {kind.name},"
         raise ConfigError("--overwrite", f"{output} is {found} and is left alone", fix="Choose another with -o")
     if others := strangers(output, marker):
-        shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
-        raise ConfigError(
-            "--overwrite", f"{output} also contains files or folders that are not part of the {marker.kind}: {shown}",
-            fix="Move it elsewhere, or choose another with -o",
-        )  # fmt: skip
+        problem = f"{output} also contains files or folders that are not part of the {marker.kind}"
+        shown = f"{problem}: {first_of(others, _SHOWN)}"
+        raise ConfigError("--overwrite", shown, fix="Move it elsewhere, or choose another with -o")
 
 
 def _is_mount_point(output: Path) -> ConfigError:

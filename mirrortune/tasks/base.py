@@ -30,7 +30,7 @@ from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.data.tokenize import Reading, resolve_max_length
-from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
+from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, first_of, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.registry import option_errors, task_kinds
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
@@ -479,9 +479,7 @@ def unused_columns(table: pa.Table, task: Task) -> str:
     """Return a note on the columns that a task does not use; "" if it uses all."""
     read = {SOURCE_COLUMN, *(column for _, column in task.columns())}
     names = [name for name in table.column_names if name not in read]
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    plural = "s" if len(names) > 1 else ""
-    return f"column{plural} not used: {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
+    return f"column{'s' * (len(names) > 1)} not used: {first_of(names, _MOST_NAMED)}" if names else ""
 
 
 def check_columns(split: Split, task: Task) -> None:

@@ -22,6 +22,7 @@ from mirrortune.data.columns import number_of
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets
 from mirrortune.data.labels import MISSING, class_indices, refuse_missing
+from mirrortune.errors import first_of
 from mirrortune.tasks.base import RARE, HasLabels, Task, labels_of
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 
@@ -189,7 +190,7 @@ def with_outputs(task: Task, config: Any, *, is_given: bool) -> tuple[Task, list
             found = tuple(ours[name] if name in ours else next(rest) for name in theirs)
             how = "matched by name where they have one, else by position"
         pairs = [f"{theirs} = {ours}" for theirs, ours in zip(outputs, found, strict=True) if theirs != ours]
-        shown = ", ".join(pairs[:_SHOWN]) + (f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else "")
+        shown = first_of(pairs, _SHOWN)
         text = f"the model's classes have other names and are {how}: {shown} (task.labels sets the order)"
         return task if found == labels else _in_order(task, found, labels), [text] if pairs else []
     if not is_known:

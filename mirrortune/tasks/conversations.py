@@ -24,7 +24,7 @@ from mirrortune.data.columns import check_named, detected, refuse_preferences, r
 from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, refuse_unreadable
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
-from mirrortune.errors import DataError, counted
+from mirrortune.errors import DataError, counted, first_of
 
 Message = dict[str, Any]
 # Names of roles in data sets, in lower case. Other roles are passed to the template unchanged.
@@ -343,9 +343,7 @@ def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> 
         notes.append(f"the reasoning of answers ('{name}' in {counted(counts[_UNREAD + name], 'row')}) is left out: the"
                      " chat template does not write it. Write it into the content, or use another model")  # fmt: skip
     if unread:
-        more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
-        plural = "s" if len(unread) > 1 else ""
-        notes.append(f"field{plural} of turns not used: {', '.join(unread[:_MOST_NAMED])}{more}")
+        notes.append(f"field{'s' * (len(unread) > 1)} of turns not used: {first_of(unread, _MOST_NAMED)}")
     if counts["num_answers_cut"]:
         notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
     return tuple(notes)

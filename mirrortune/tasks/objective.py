@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.data.examples import Batch, Examples
-from mirrortune.errors import ConfigError, did_you_mean
+from mirrortune.errors import ConfigError, did_you_mean, first_of
 from mirrortune.registry import task_kinds
 from mirrortune.tasks.base import Task, labels_of, task_class
 from mirrortune.tasks.classes import OneOfClasses, SmoothsLabels, WeighsClasses
@@ -70,9 +70,8 @@ class Objective:
         """Yield a line on the weights of classes and one on even draws, where there are any."""
         if self.weights is not None:
             names = labels_of(self.task)
-            shown = [f"{names[i]} {self.weights[i]:.3g}" for i in np.argsort(-self.weights, kind="stable")[:_SHOWN]]
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"  class weights: {', '.join(shown)}{more}"
+            weighed = (f"{names[i]} {self.weights[i]:.3g}" for i in np.argsort(-self.weights, kind="stable"))
+            yield f"  class weights: {first_of(weighed, _SHOWN)}"
         if self.classes is not None:
             counts = np.bincount(self.classes)
             each = len(self.classes) // np.count_nonzero(counts)

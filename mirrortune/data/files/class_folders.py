@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import text_array
-from mirrortune.errors import DataError, counted
+from mirrortune.errors import DataError, counted, first_of
 from mirrortune.system.paths import is_system, shown_path, table_suffix
 
 IMAGE_FORMATS = {
@@ -84,17 +84,18 @@ def class_folder(folder: Path) -> ClassFolder:
     _check_names(folder, [path for path, _ in rows])
     emptied = [name for name in left if not chosen[name]]
     if emptied:
+        named = (f"class {name!r} ({_counted(left[name])})" for name in emptied)
         raise DataError(
             str(folder),
-            f"no file of {_listed(f'class {name!r} ({_counted(left[name])})' for name in emptied)} can be read",
+            f"no file of {first_of(named, _SHOWN)} can be read",
             allowed=f"{what} that end in {', '.join(AUDIO_SUFFIXES if is_audio else IMAGE_FORMATS)}",
             fix="Convert the files, or move the folder away",
         )
     empty = [name for name, paths in chosen.items() if not paths]
     beside = [p.name for p in _visible(folder) if p.is_file() and (_kind(p) or table_suffix(p))]
     remarks = [*_left_out(left, what)]
-    remarks += [f"folders without a file: {_listed(empty)}"] if empty else []
-    remarks += [f"left out, beside the class folders: {_listed(beside)}"] if beside else []
+    remarks += [f"folders without a file: {first_of(empty, _SHOWN)}"] if empty else []
+    remarks += [f"left out, beside the class folders: {first_of(beside, _SHOWN)}"] if beside else []
     paths, labels = zip(*rows, strict=True)
     table = pa.table({"audio" if is_audio else "image": text_array(paths), "label": text_array(labels)})
     return ClassFolder(table=table, remarks=tuple(remarks))
@@ -114,8 +115,9 @@ def refuse_lost_links(folder: Path, paths: Iterable[Path]) -> None:
         if (_kind(path) or not path.suffix) and not is_system(path.name) and _is_lost(path)
     )
     if lost:
+        shown = first_of(map(shown_path, lost), _SHOWN)
         raise DataError(
-            str(folder), f"{counted(len(lost), 'link')} to what is not there: {_listed(map(shown_path, lost))}",
+            str(folder), f"{counted(len(lost), 'link')} to what is not there: {shown}",
             fix="Fetch the files (as with git annex get or dvc pull), or remove the links",
         )  # fmt: skip
 
@@ -165,7 +167,7 @@ def _check_names(folder: Path, paths: Iterable[str]) -> None:
     if odd:
         raise DataError(
             str(folder),
-            f"{counted(len(odd), 'file name')} not in UTF-8: {_listed(map(shown_path, odd))}",
+            f"{counted(len(odd), 'file name')} not in UTF-8: {first_of(map(shown_path, odd), _SHOWN)}",
             fix="Rename them",
         )
 
@@ -174,14 +176,9 @@ def _left_out(left: Mapping[str, Counter[str]], what: str) -> tuple[str, ...]:
     if not left:
         return ()
     total = sum(left.values(), Counter[str]())
-    places = _listed(f"{name} ({_counted(found)})" if len(left) > 1 else name for name, found in left.items())
-    return (f"left out, as they are not {what} of a known suffix: {_counted(total)} in {places}",)
+    named = (f"{name} ({_counted(found)})" if len(left) > 1 else name for name, found in left.items())
+    return (f"left out, as they are not {what} of a known suffix: {_counted(total)} in {first_of(named, _SHOWN)}",)
 
 
 def _counted(found: Counter[str]) -> str:
-    return _listed(f"{count:,} {suffix}" for suffix, count in found.most_common())
-
-
-def _listed(names: Iterable[str]) -> str:
-    known = list(names)
-    return ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
+    return first_of((f"{count:,} {suffix}" for suffix, count in found.most_common()), _SHOWN)

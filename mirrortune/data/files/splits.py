@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mirrortune.errors import DataError, first_line
+from mirrortune.errors import DataError, first_line, first_of
 from mirrortune.system.paths import TABLE_SUFFIXES, is_system, local_path, table_suffix
 
 # Common names of the three splits.
@@ -155,8 +155,7 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
             str(folder), f"unknown file type: {', '.join(lost)}", allowed=", ".join(TABLE_SUFFIXES),
             fix="Convert the files, or move them away",
         )  # fmt: skip
-    shown = ", ".join(beside[:12]) + (f" and {len(beside) - 12} more" if len(beside) > 12 else "")
-    return (f"left out, as they are not of a split: {shown}",) if beside else ()
+    return (f"left out, as they are not of a split: {first_of(beside, 12)}",) if beside else ()
 
 
 def _split_of(path: Path) -> str | None:
