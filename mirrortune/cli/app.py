@@ -321,13 +321,8 @@ def compare(
     reporter.result(results, lines)
 
 
-app.command(cls=OnceEach)(_guard(predict))
-app.command(cls=OnceEach)(_guard(merge))
-app.command(cls=OnceEach)(_guard(chat))
-app.command(cls=OnceEach)(_guard(push))
-app.command(cls=OnceEach)(_guard(analyze))
-app.command(cls=OnceEach)(_guard(report))
-app.command(cls=OnceEach)(_guard(doctor))
+for _command in (predict, merge, chat, push, analyze, report, doctor):
+    app.command(cls=OnceEach)(_guard(_command))
 recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)
 for _command in (recipe_commands.ls, recipe_commands.cat, recipe_commands.cp, recipe_commands.schema):
     recipes.command(cls=OnceEach)(_guard(_command))

@@ -134,7 +134,7 @@ class _Session:
         is_typed = is_interactive() and not self.reporter.as_json
         if is_typed:
             self.reporter.note("/help lists the commands; Ctrl-D leaves")
-        for line in typed_lines("> ") if is_typed else piped_lines():
+        for line in typed_lines() if is_typed else piped_lines():
             try:
                 if line.strip() == "/quit":
                     break

@@ -42,7 +42,7 @@ def merge(
     if format != "hf":
         _check_for_lora(targets, max_shard_size)
     output_dir = str(local_path(output_dir))
-    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
+    shard_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     from mirrortune.merging import gguf, lora  # noqa: PLC0415
     from mirrortune.merging import write as merging  # noqa: PLC0415
 
@@ -80,11 +80,11 @@ def push(
     reporter.result(asdict(result), [f"{result.kind} pushed to {result.repository}: {result.url}"])
 
 
-def parse_size(text: str, where: str) -> int:
-    """Parse ``500MB``, ``2GiB`` or ``1000000`` to a number of bytes; raise ConfigError at ``where`` for other text."""
+def _parse_size(text: str) -> int:
+    """Parse ``500MB``, ``2GiB`` or ``1000000`` to a number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS or not float(found[1]) * _UNITS[found[2].upper()] >= 1:
-        raise ConfigError(where, f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")
+        raise ConfigError("--max-shard-size", f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

@@ -99,7 +99,7 @@ def compare_with_reference(
                 fix="Leave it out of --methods, or compare in another folder with -o",
             )  # fmt: skip
     others = [label for label in samples if label != reference]
-    intervals = [bootstrap_interval(samples[label], base, metric, seed=0) for label in others]
+    intervals = [bootstrap_interval(samples[label], base, metric) for label in others]
     p_values = [
         _t_test(samples[label].values, base.values, has_interval=interval is not None)
         for label, interval in zip(others, intervals, strict=True)
@@ -129,7 +129,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def bootstrap_interval(
-    sample: Sample, base: Sample, metric: Callable[[Array, Array], float], *, seed: int
+    sample: Sample, base: Sample, metric: Callable[[Array, Array], float]
 ) -> tuple[float, float] | None:
     """Estimate the 95% interval of the difference of mean scores by resampling seeds and rows with replacement.
 
@@ -137,7 +137,7 @@ def bootstrap_interval(
     """
     if sample.predictions is None or base.predictions is None or base.references is None or len(sample.values) < 2:
         return None
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     references = base.references
     count = _RESAMPLES
     if sample.kind == "probabilities":

@@ -125,7 +125,7 @@ class Redaction:
                 elif isinstance(value, str):
                     holder[key] = self._setting(value, name.rpartition(".")[2], f"{place}: {name}")
 
-        return self._json(text, place, cut)
+        return self._json(text, cut)
 
     def _setting(self, value: str, key: str, place: str) -> str:
         if key in _PLACES:
@@ -167,7 +167,7 @@ class Redaction:
                 data["in_memory"] = self.prose(data["in_memory"], f"{place}: in_memory")
             data["remarks"] = [self.prose(str(remark), f"{place}: remarks") for remark in data.get("remarks") or ()]
 
-        return self._json(text, place, cut)
+        return self._json(text, cut)
 
     def results(self, text: str, place: str) -> str:
         """Redact the run directory in ``results.json``, and paths in fields that this version does not know."""
@@ -181,7 +181,7 @@ class Redaction:
             for key in data.keys() - {"run_dir"}:
                 data[key] = self._values(data[key], f"{place}: {key}")
 
-        return self._json(text, place, cut)
+        return self._json(text, cut)
 
     def _values(self, value: Any, place: str) -> Any:
         """Apply :meth:`prose` to every string in a JSON value."""
@@ -201,7 +201,7 @@ class Redaction:
         if isinstance(base, dict) and isinstance(base.get("name"), str):
             base["name"] = self.path(base["name"], f"{place}.name")
 
-    def _json(self, text: str, place: str, cut: Callable[[dict[str, Any]], None]) -> str:
+    def _json(self, text: str, cut: Callable[[dict[str, Any]], None]) -> str:
         data = json.loads(text)
         if isinstance(data, dict):
             cut(data)

@@ -219,9 +219,7 @@ def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger
     ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in file order
 
 
-def compare_models(
-    reopened: nn.Module, adapted: nn.Module, probes: Probes, compared: Compared = None
-) -> OutputError:  # fmt: skip
+def compare_models(reopened: nn.Module, adapted: nn.Module, probes: Probes, compared: Compared) -> OutputError:
     """Compare the outputs of a reopened merged model with those of base + adapter, both in memory."""
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))

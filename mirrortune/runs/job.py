@@ -245,7 +245,7 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
         checkpoint_activations(model)
     asked = settings.data.max_length
     plan, (processor, max_length), _ = all_of(
-        lambda: make_plan(model, spec, dtype=dtype),
+        lambda: make_plan(model, spec),
         lambda: _processor(task, source, asked),
         lambda: _check_splits(rows),
     )

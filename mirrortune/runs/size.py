@@ -183,13 +183,12 @@ def default_eval_batch(
     return rows, min(bounds, default=None)
 
 
-def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
+def make_plan(model: nn.Module, spec: AdapterSpec, new_parameters: tuple[str, ...] = ()) -> Plan:
     """Make the plan of a run.
 
     Args:
         model: model on the meta device or loaded; not changed.
         spec: validated adapter.
-        dtype: dtype of the base weights.
         new_parameters: names of parameters that the checkpoint lacks, if known.
 
     Raises:
@@ -334,7 +333,7 @@ def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
     """Estimate memory from the widths of layers: the outputs of all linear layers, doubled for norms, softmax and
     dropout.
     """
-    plan = make_plan(model, spec, dtype=load.dtype)
+    plan = make_plan(model, spec)
     width = torch.finfo(load.dtype).bits // 8
     factors = kept = 0
     if spec.preset.peft is not None:

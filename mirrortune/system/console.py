@@ -21,8 +21,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -33,6 +31,7 @@ from rich.text import Text
 from mirrortune.errors import DataError, ResourceError, on_one_line
 from mirrortune.system.signals import describe_stop
 
+_PROMPT = "> "
 # Verbosity with -q, by default, and with -v.
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
 
@@ -275,11 +274,6 @@ class Bar:
         return f"{significant((self._done - self._before) / max(seconds, 1e-9))} {self._unit}/s"
 
 
-class _SpeedColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("speed", ""))
-
-
 class TrainingProgress:
     """The progress display of a training loop; implements ``training.settings.Progress``.
 
@@ -292,7 +286,7 @@ class TrainingProgress:
         self._live = is_shown and console.is_terminal
         self._progress = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[metric]}"), _SpeedColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[metric]}"), TextColumn("{task.fields[speed]}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not self._live,
         )  # fmt: skip
@@ -380,16 +374,16 @@ def is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def typed_lines(prompt: str) -> Iterator[str]:
-    """Yield lines typed at ``prompt`` until Ctrl-D or Ctrl-C, with readline's editing if Python has it."""
+def typed_lines() -> Iterator[str]:
+    """Yield lines typed at a prompt until Ctrl-D or Ctrl-C, with readline's editing if Python has it."""
     with suppress(ImportError):
         import readline  # noqa: F401, PLC0415  (input() uses it once it is imported)
     while True:
         if not sys.stdout.isatty():  # stdout is redirected and must hold the results only
-            sys.stderr.write(prompt)
+            sys.stderr.write(_PROMPT)
             sys.stderr.flush()
         try:
-            line = input(prompt if sys.stdout.isatty() else "")
+            line = input(_PROMPT if sys.stdout.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             sys.stderr.write("\n")
             return

@@ -39,7 +39,6 @@ _CAUSES: dict[str, tuple[str, str]] = {
         "not in the local cache, and the Hub cannot be reached",
         "Check the network and HF_ENDPOINT",
     ),
-    "RemoteEntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "OfflineModeIsEnabled": (
         "not in the local cache, and HF_HUB_OFFLINE forbids the network",

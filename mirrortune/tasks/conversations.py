@@ -365,9 +365,9 @@ def as_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
-def last_answer(value: Any, where: str, *, learned: bool) -> str:
+def last_answer(value: Any, *, learned: bool) -> str:
     """Return the content of the assistant's last turn in a cell, or of the last one that is learned; "" for none."""
-    said = [m for m in as_messages(value, where) if m["role"] == "assistant"]
+    said = [m for m in as_messages(value, "task.answer") if m["role"] == "assistant"]
     texts = [m["content"] or "" for m in said if not learned or m.get("weight", 1.0)]
     return str(texts[-1]) if texts else ""
 

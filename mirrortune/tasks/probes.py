@@ -38,13 +38,13 @@ def text_probe(tokenizer: Any, config: Any, *, num_texts: int = 1) -> Batch:
     return dict(tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
 
-def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> list[Any]:
-    """Return square images of seeded noise, RGB or grayscale."""
+def noise_images(num_channels: int) -> list[Any]:
+    """Return two square images of seeded noise, RGB or grayscale."""
     from PIL import Image  # noqa: PLC0415
 
     random = np.random.default_rng(0)
-    shape = (side, side, 3) if num_channels == 3 else (side, side)
-    return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(count)]
+    shape = (64, 64, 3) if num_channels == 3 else (64, 64)
+    return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(2)]
 
 
 def noise_audio(reader: AudioReader) -> Batch:

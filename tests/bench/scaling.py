@@ -48,7 +48,7 @@ def counted(blocks: int, spec: AdapterSpec, length: int) -> dict[str, float]:
     )
     found = footprint(model, spec, load)
     assert found.is_counted, "a guess is no count"
-    trained = make_plan(model, spec, dtype=torch.bfloat16).trainable_parameters
+    trained = make_plan(model, spec).trainable_parameters
     return {**found.parts(), "trained": trained}
 
 

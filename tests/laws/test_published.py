@@ -84,7 +84,7 @@ def test_trained_numbers_are_the_papers(
     build: Any, method: str, rank: Rank | None, options: dict[str, Any], targets: str, expected: int
 ) -> None:
     spec = AdapterSpec(method=method, rank=rank, options=options, target_modules=targets)
-    plan = make_plan(build(), spec, dtype=torch.float32)
+    plan = make_plan(build(), spec)
     assert plan.trainable_parameters == expected
 
 

@@ -105,7 +105,7 @@ def attach_tuner(
     model: nn.Module,
     spec: AdapterSpec,
     *,
-    targets: Targets | None = None,
+    targets: Targets,
     config: dict[str, Any] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
@@ -114,7 +114,7 @@ def attach_tuner(
     Args:
         model: loaded model, or model on the meta device.
         spec: settings of the adapter; its seed also seeds the random numbers of the tuner.
-        targets: targets of ``spec`` in ``model``; None to find them.
+        targets: targets of ``spec`` in ``model``.
         config: PEFT's configuration of an adapter that is loaded; None for a new adapter.
         on_layer: called with (name, weight) of each layer before it is replaced.
 
@@ -169,7 +169,7 @@ def remarks(model: nn.Module) -> tuple[str, ...]:
     return found.remarks if isinstance(found, PeftAttachment) else ()
 
 
-def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None = None) -> tuple[int, int]:
+def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets) -> tuple[int, int]:
     """Return the number of parameters that a tuner trains in ``model``, and the number that it adds.
 
     Both are counted on a copy of the model without weights.

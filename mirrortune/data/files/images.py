@@ -265,13 +265,13 @@ def _flip(image: Image, random: np.random.Generator) -> Image:
     return ImageOps.mirror(image) if random.random() < 0.5 else image
 
 
-def _crop(image: Image, random: np.random.Generator, least: float = 0.35) -> Image:
-    """Crop a random box of ``least`` to all of the area and of aspect 3:4 to 4:3 (Szegedy et al. 2015, section 6; with
+def _crop(image: Image, random: np.random.Generator) -> Image:
+    """Crop a random box of 35% to all of the area and of aspect 3:4 to 4:3 (Szegedy et al. 2015, section 6; with
     narrower ranges, as backbones are adapted here rather than trained).
     """
     width, height = image.size
     for _ in range(10):
-        area = width * height * random.uniform(least, 1.0)
+        area = width * height * random.uniform(0.35, 1.0)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < high <= height:

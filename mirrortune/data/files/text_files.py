@@ -59,11 +59,11 @@ def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
             yield line.replace("\r\n", "\n")
 
 
-def blocks_of(path: Path, encoding: str, size: int = _BLOCK) -> Iterator[str]:
-    """Yield the text of a file, ``size`` characters at a time; raises as :func:`lines_of`."""
+def blocks_of(path: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a file, :data:`_BLOCK` characters at a time; raises as :func:`lines_of`."""
     is_latin, line = encoding.lower().replace("_", "-") in _LATIN, 1
     with _text(path, encoding, "") as text:
-        while block := text.read(size):
+        while block := text.read(_BLOCK):
             if is_latin:
                 _refuse_controls(path, encoding, block, line)
                 line += block.count("\n")

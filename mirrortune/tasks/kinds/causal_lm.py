@@ -326,7 +326,7 @@ class Task(TextTask, WritesText, Answers):
     def answer_text(self, cell: Any, *, learned: bool = False) -> str:
         """Return the text of an answer: the cell itself, or the last (learned) message of the assistant in it."""
         is_chat = self.layout in ("messages", "turns")
-        return last_answer(cell, "task.answer", learned=learned) if is_chat else str(cell or "")
+        return last_answer(cell, learned=learned) if is_chat else str(cell or "")
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:

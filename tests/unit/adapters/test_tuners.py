@@ -25,6 +25,7 @@ from mirrortune.adapters.inject import adapter_parameters, attachment, spectral_
 from mirrortune.adapters.peft_bridge.options import check_options
 from mirrortune.adapters.peft_bridge.tuners import count_trained
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, InterruptedRun, VerificationError
 from mirrortune.merging.in_memory import adapted_tensors
 from mirrortune.runs.size import make_plan
@@ -94,7 +95,7 @@ def test_the_adapter_and_the_head_are_trained_and_nothing_else(saved: Saved) -> 
 
 
 def test_the_plan_counts_what_is_trained(saved: Saved) -> None:
-    plan = make_plan(small_bert(), saved.spec, new_parameters=HEAD, dtype=torch.float32)
+    plan = make_plan(small_bert(), saved.spec, new_parameters=HEAD)
     assert plan.trainable_parameters == mirrortune.trainable_parameters(saved.model)
 
 
@@ -175,7 +176,8 @@ def test_published_counts_on_roberta_base(method: str, rank: int | None, expecte
 
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig())
-    assert count_trained(model, AdapterSpec(method=method, rank=rank))[0] == expected
+    spec = AdapterSpec(method=method, rank=rank)
+    assert count_trained(model, spec, find_targets(model, spec))[0] == expected
     assert not spectral_layers(model)
     assert not hasattr(model, "mirrortune")
 

@@ -149,7 +149,6 @@ def test_the_interval_sees_that_the_rows_are_a_sample_too() -> None:
             Sample(values=(0.8,) * 5, predictions=(better,) * 5, references=(truth,) * 5),
             Sample(values=(0.7,) * 5, predictions=(worse,) * 5, references=(truth,) * 5),
             ACCURACY,
-            seed=0,
         )
         for rows in (20, 2000)
         for truth in [np.zeros(rows, dtype=int)]
@@ -165,7 +164,7 @@ def test_rows_that_differ_between_seeds_are_drawn_for_each_seed() -> None:
     references = tuple(random.integers(2, size=40) for _ in range(3))
     right = Sample(values=(1.0,) * 3, predictions=references, references=references)
     wrong = Sample(values=(0.0,) * 3, predictions=tuple(1 - r for r in references), references=references)
-    assert bootstrap_interval(right, wrong, ACCURACY, seed=0) == (1.0, 1.0)
+    assert bootstrap_interval(right, wrong, ACCURACY) == (1.0, 1.0)
 
 
 def test_ranks_that_each_model_gave_are_compared() -> None:
@@ -192,5 +191,5 @@ def test_large_tables_of_probabilities_are_resampled_less_often() -> None:
 
     odds = np.zeros((4_000, 100))
     own = Sample(values=(0.0, 0.0), predictions=(odds,) * 2, references=(odds[:, 0],) * 2, kind="probabilities")
-    assert bootstrap_interval(own, own, metric, seed=0) == (0.0, 0.0)
+    assert bootstrap_interval(own, own, metric) == (0.0, 0.0)
     assert len(seen) == 4 * 500

@@ -24,8 +24,8 @@ def test_a_share_shows_its_first_two_digits() -> None:
 
 
 def test_a_model_without_a_head_has_none_in_its_plan() -> None:
-    with_head = make_plan(tiny_bert(), AdapterSpec(), dtype=torch.float32).lines()[-1]
-    without = make_plan(tiny_causal(), AdapterSpec(), dtype=torch.float32).lines()[-1]
+    with_head = make_plan(tiny_bert(), AdapterSpec()).lines()[-1]
+    without = make_plan(tiny_causal(), AdapterSpec()).lines()[-1]
     assert "in the task head" in with_head
     assert "head" not in without
 
@@ -35,7 +35,7 @@ def bert_base(rank: int | str) -> Plan:
     with torch.device("meta"):
         model = BertModel(BertConfig())
     spec = AdapterSpec(rank=rank, target_modules="query|value")  # type: ignore[arg-type]
-    return make_plan(model, spec, dtype=torch.float32)
+    return make_plan(model, spec)
 
 
 @pytest.mark.parametrize("rank", [8, 32, 64, "full"])
@@ -56,14 +56,14 @@ def test_large_matrices_travel_with_their_bases_where_those_are_small() -> None:
         model = nn.ModuleList([nn.Linear(4096, 4096) for _ in range(2)])
     for rank, form in ((16, "portable"), (512, "portable"), (1024, "compact"), ("full", "compact")):
         spec = AdapterSpec(rank=rank)  # type: ignore[arg-type]
-        said = make_plan(model, spec, dtype=torch.bfloat16).stored_as("auto", torch.bfloat16)
+        said = make_plan(model, spec).stored_as("auto", torch.bfloat16)
         assert said is not None
         assert f", {form} form (" in said
 
 
 def test_tuners_of_peft_have_no_form() -> None:
     pytest.importorskip("peft")
-    plan = make_plan(tiny_causal(), AdapterSpec(method="lora", rank=2), dtype=torch.float32)
+    plan = make_plan(tiny_causal(), AdapterSpec(method="lora", rank=2))
     assert plan.stored_as("auto", torch.float32) is None
 
 
@@ -72,7 +72,7 @@ def test_the_size_that_is_said_is_nearly_that_of_the_file(tmp_path: Path) -> Non
         model = attach(tiny_causal(), rank=8)
         save_adapter(model, tmp_path / form, form=form)  # type: ignore[arg-type]
         size = sum(file.stat().st_size for file in (tmp_path / form).iterdir())
-        said = make_plan(tiny_causal(), AdapterSpec(rank=8), dtype=torch.float32).stored_as(form, torch.float32)  # type: ignore[arg-type]
+        said = make_plan(tiny_causal(), AdapterSpec(rank=8)).stored_as(form, torch.float32)  # type: ignore[arg-type]
         assert said is not None
         kilobytes = float(said.split("about ")[1].split(" kB")[0])
         assert kilobytes == pytest.approx(size / 1000, rel=0.2)
