@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from mirrortune.analyze.spectra.summary import Analysed, Curve, MatrixGroup, by,
 from mirrortune.analyze.spectra.verdict import Claim, claims, verdict
 from mirrortune.analyze.weights import Weights
 from mirrortune.errors import ResourceError
+from mirrortune.system.devices import num_cores
 
 # Peak memory in float64 copies of a matrix, including LAPACK's workspace; measured on square matrices.
 _COPIES = 16
@@ -192,9 +192,8 @@ def _one_core_each() -> Iterator[None]:
 def _threads_that_fit(matrices: list[Matrix]) -> int:
     import psutil  # noqa: PLC0415
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     largest = max(math.prod(m.shape) for m in matrices) * 8 * _COPIES
-    return max(1, min(cores, len(matrices), int(0.8 * psutil.virtual_memory().available) // largest))
+    return max(1, min(num_cores(), len(matrices), int(0.8 * psutil.virtual_memory().available) // largest))
 
 
 def _plain(value: Any) -> Any:

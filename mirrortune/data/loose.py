@@ -24,7 +24,7 @@ from mirrortune.data.files.tables import join_parts
 from mirrortune.data.files.text_files import lines_of
 from mirrortune.errors import DataError, counted
 from mirrortune.system.atomic import PARTIAL, cannot_write
-from mirrortune.system.cache import leave_room
+from mirrortune.system.disk import leave_room
 from mirrortune.system.paths import DataPlace, cache_folder, is_system
 
 STDIN = "-"

@@ -24,7 +24,7 @@ import torch
 from mirrortune.data.examples import IntArray
 from mirrortune.errors import ConfigError
 from mirrortune.system.atomic import alone_with, write_atomically
-from mirrortune.system.cache import check_disk
+from mirrortune.system.disk import check_disk
 from mirrortune.system.paths import cache_folder, is_safe_entry
 from mirrortune.system.tensor_files import PlannedTensor, StoredTensor, read_headers, write_file
 

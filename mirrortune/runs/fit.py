@@ -27,8 +27,8 @@ from mirrortune.models.load import ModelSource
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, strategies_of
 from mirrortune.system.atomic import write_text_atomically
-from mirrortune.system.cache import mebibytes
 from mirrortune.system.devices import has_bf16, is_slow, peak_resident_bytes
+from mirrortune.system.disk import mebibytes
 from mirrortune.system.paths import cache_folder
 from mirrortune.tasks.base import Task
 

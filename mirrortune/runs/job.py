@@ -46,9 +46,9 @@ from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, describe_trained_on, num_trained_on, read_data
 from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.runs.size import Plan, attach_empty, make_plan
-from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision, uses_cuda
+from mirrortune.system.disk import check_disk
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns, labels_of
 from mirrortune.tasks.classes import output_names, with_outputs
 from mirrortune.tasks.objective import Objective, make_objective

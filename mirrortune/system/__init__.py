@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access to the machine and the Hub: atomic files, caches, devices, processes, the console."""
+"""Access to the machine and the Hub: atomic files, disk space, devices, processes, the console."""
 
 __all__ = [
     "atomic",
-    "cache",
     "claims",
     "compiler",
     "console",
     "devices",
+    "disk",
     "distributed",
     "hub",
     "machine",

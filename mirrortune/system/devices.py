@@ -88,6 +88,11 @@ def check_attention(asked: str | None, device: torch.device) -> None:
         raise ResourceError("model.attention", problem, allowed="8.0 or newer", fix="Use sdpa")
 
 
+def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_bf16() -> bool:
     """Return whether the GPU computes in bfloat16 natively; torch emulates it slowly on GPUs before Ampere."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))

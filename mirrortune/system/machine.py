@@ -30,6 +30,7 @@ from mirrortune.system.devices import (
     check_attention,
     default_device,
     has_bf16,
+    num_cores,
     resolve_precision,
 )
 from mirrortune.system.paths import cache_folder
@@ -133,9 +134,8 @@ def _cpu() -> dict[str, Any]:
     import psutil  # noqa: PLC0415
 
     memory = psutil.virtual_memory()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "kind": "cpu", "name": platform.machine(), "cores": usable, "threads": torch.get_num_threads(),
+        "kind": "cpu", "name": platform.machine(), "cores": num_cores(), "threads": torch.get_num_threads(),
         "memory_bytes": memory.total, "free_bytes": memory.available,
     }  # fmt: skip
 

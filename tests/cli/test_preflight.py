@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mirrortune.errors import ResourceError
 from mirrortune.runs.fit import LIMIT_VARIABLE
-from mirrortune.system.cache import check_disk
+from mirrortune.system.disk import check_disk
 from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 

@@ -34,7 +34,7 @@ from mirrortune.data.files.text_files import (
     reading_errors,
 )
 from mirrortune.errors import DataError, first_line
-from mirrortune.system.cache import leave_room
+from mirrortune.system.disk import leave_room
 from mirrortune.system.paths import TABLE_SUFFIXES, TAGGED_SUFFIXES, cache_folder, is_system, table_suffix
 
 # The csv module limits cells to 128 KiB by default; documents are longer.

@@ -15,7 +15,7 @@ import pyarrow as pa
 from mirrortune.data.files.arrow import flag_array, is_unreadable, problem_field, with_json_aligned
 from mirrortune.data.files.row_places import IntArray
 from mirrortune.system.atomic import cannot_write
-from mirrortune.system.cache import leave_room
+from mirrortune.system.disk import leave_room
 from mirrortune.system.paths import cache_folder
 
 _LIMIT = 1 << 28  # bytes held in memory

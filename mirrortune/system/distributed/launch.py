@@ -43,6 +43,8 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
     """
     import torch  # noqa: PLC0415
 
+    from mirrortune.system.devices import num_cores  # noqa: PLC0415
+
     path = find_profile(profile or "ddp")
     config = read_accelerate_config(path)
     gpus = torch.cuda.device_count()
@@ -58,8 +60,7 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
         deepspeed.check_installed()
     if not on_cpu and count > gpus and config.get("num_machines", 1) == 1:
         raise ResourceError("--num-processes", f"got {count}, this machine has {gpus} GPUs", allowed=f"1 to {gpus}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // count)
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, num_cores() // count)
     os.environ[ASKED_VARIABLE] = str(count)
     os.environ.update(child_environment())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)

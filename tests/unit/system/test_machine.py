@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mirrortune.system import machine
-from mirrortune.system.cache import check_disk
+from mirrortune.system.disk import check_disk
 
 
 @pytest.fixture
