@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -280,7 +280,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
         "epoch": events[-1]["epoch"],
         "best_metric": result.metrics[result.selection_metric],
         "best_model_checkpoint": str(run.checkpoint(result.best_step)),
-        "log_history": events,
+        "log_history": [*map(_as_trainer_logs, events)],
     }
     run.write_json("trainer_state.json", state)
     finished = FinishedRun(run)
@@ -291,6 +291,17 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     if own_card(run) is None:
         run.write_text("README.md", model_card.signed(card))
     html.write_page(run.path / "report.html", run_page([finished]))
+
+
+def _as_trainer_logs(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an event with the names of transformers' Trainer: ``loss`` is that of training rows, ``eval_loss`` that of
+    validation rows.
+    """
+    place = {"step": event["step"], "epoch": event["epoch"]}
+    values = {name: value for name, value in event.items() if name not in ("event", "split", *place)}
+    if event["event"] == "evaluate":
+        return {**place, **{f"eval_{name}": value for name, value in values.items()}}
+    return {**place, **{{"lr": "learning_rate"}.get(name, name): value for name, value in values.items()}}
 
 
 def own_card(run: RunDirectory) -> str | None:
