@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import cells, refuse_unreadable
 from mirrortune.data.labels import as_name
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import ConfigError, DataError, did_you_mean, first_of
+from mirrortune.errors import ConfigError, DataError, MirrortuneError, VerificationError, did_you_mean, first_of
 from mirrortune.inference.bank import AdapterBank
-from mirrortune.inference.bank_file import open_bank
+from mirrortune.inference.bank_file import ReadAdapter, open_bank
 from mirrortune.inference.block_answers import BlockAnswers
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.load import Evaluable, load_base_of, task_of_run
@@ -58,12 +59,15 @@ class RowAdapters:
     Args:
         bank: bank on the base model.
         base: base model, with the task of the first adapter.
+        first: name of the first adapter.
         settings: settings with the columns that the user has named.
         column: column with the name of each row's adapter.
     """
 
-    def __init__(self, bank: AdapterBank, base: Evaluable, settings: EvaluationSettings, column: str) -> None:
-        self.bank, self.base = bank, base
+    def __init__(
+        self, bank: AdapterBank, base: Evaluable, first: str, settings: EvaluationSettings, column: str
+    ) -> None:
+        self.bank, self.base, self._first = bank, base, first
         self._settings, self._column = settings, column
         self._columns: dict[str, tuple[Any, Any]] = {}
         self._readers: dict[str | None, Reader] = {None: Reader(task=base.task, max_length=base.max_length)}
@@ -141,8 +145,8 @@ class RowAdapters:
                 raise ConfigError(f"adapter '{name}'", "it was saved outside a task", fix="Use it in Python")
             task = task_of_run(recorded["task"], self._settings.task)
             if task.kind != base.task.kind:
-                raise ConfigError(f"adapter '{name}'", f"it is for {task.kind}, others of the bank for "
-                                  f"{base.task.kind}", fix="Use a bank of one kind of task")  # fmt: skip
+                raise ConfigError(f"adapter '{name}'", f"it is for {task.kind}, and '{self._first}' for "
+                                  f"{base.task.kind}", fix="Predict the rows of each kind of task alone")  # fmt: skip
             chosen = {key: getattr(base.task, key) for key in ("metric_names", "selection_metric")}
             chosen |= {k: now for k, (trained, now) in self._columns.items() if getattr(task, k) == trained}
             asked = self._settings.data.max_length or recorded.get("max_length")
@@ -163,7 +167,9 @@ class RowAdapters:
         return around
 
 
-def load_row_adapters(target: str, settings: EvaluationSettings, request: BankRequest, device: Any) -> RowAdapters:
+def load_row_adapters(
+    target: str, settings: EvaluationSettings, request: BankRequest, data: DataSet, device: Any
+) -> RowAdapters:
     """Load a base model and open the bank on it.
 
     Raises:
@@ -171,11 +177,31 @@ def load_row_adapters(target: str, settings: EvaluationSettings, request: BankRe
     """
     if adapter_to_score(target) is not None:
         raise ConfigError("--bank", f"'{target}' holds an adapter of its own", fix="Name the base model of the bank")
-    first = next(iter(open_bank(request.path).values()))()
+    name, first = _first_adapter(open_bank(request.path), data, request.column)
     base = load_base_of(first, target, settings)
     base.model.to(device)
     bank = AdapterBank.load(base.model, request.path)
-    return RowAdapters(bank, base, settings, request.column)
+    return RowAdapters(bank, base, name, settings, request.column)
+
+
+def _first_adapter(bank: Mapping[str, ReadAdapter], data: DataSet, column: str) -> tuple[str, AdapterFile]:
+    """Return the first adapter of the bank that rows name and that can be read, or if they name none, the first.
+
+    One that no row needs may be damaged, or of another kind of task.
+    """
+    tables = [split.table for split in data.splits.values() if column in split.table.column_names]
+    asked = {as_name(value) for table in tables for value in cells(table, column)}
+    problems: list[MirrortuneError] = []
+    for name in [name for name in bank if name in asked] or bank:
+        try:
+            adapter = bank[name]()
+        except (ConfigError, VerificationError) as error:
+            problems.append(error)
+        else:
+            if adapter.task is not None:
+                return name, adapter
+            problems.append(ConfigError(f"adapter '{name}'", "it was saved outside a task", fix="Use it in Python"))
+    raise problems[0]
 
 
 class BankAnswers(BlockAnswers):

@@ -142,7 +142,9 @@ def predict(
             sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
         sources = _open(settings, row, split, accelerator)
         settings = _for_rows(settings, sources[0], named)
-        adapters = None if bank is None else load_row_adapters(target, settings, bank, accelerator.device)
+        adapters = None if bank is None else load_row_adapters(
+            target, settings, bank, sources[0].data, accelerator.device
+        )  # fmt: skip
         found = adapters.base if adapters is not None else load_target(
             target, adapter_folder, settings, sources[0].data, reporter, force_base=force_base, is_labelled=False
         )  # fmt: skip
