@@ -99,8 +99,11 @@ def lost_a_process(error: BaseException) -> bool:
 
 
 def _num_siblings() -> int:
-    """Return the number of processes, with this one, that the launcher has started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the number of processes, with this one, that torchrun has started on this machine.
+
+    1 with another launcher: the processes of srun or mpirun need not be children of the same process.
+    """
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _is_left_alone() -> bool:

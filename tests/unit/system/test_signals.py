@@ -19,7 +19,7 @@ import os, signal, subprocess, sys
 waiting = "import threading\\nfrom mirrortune.system.signals import StopSignals\\nwith StopSignals():\\n"
 waiting += "    print('ready', flush=True)\\n    lock = threading.Lock()\\n    lock.acquire()\\n    lock.acquire()"
 peer = "import time; time.sleep(600)" if sys.argv[1] == "lives" else "raise SystemExit(3)"
-os.environ["LOCAL_WORLD_SIZE"] = "2"
+os.environ.update(LOCAL_WORLD_SIZE="2", **({"TORCHELASTIC_RUN_ID": "run"} if sys.argv[1] != "not torchrun" else {}))
 first = subprocess.Popen([sys.executable, "-c", waiting], stdout=subprocess.PIPE)
 second = subprocess.Popen([sys.executable, "-c", peer])
 first.stdout.readline()
@@ -27,7 +27,7 @@ if sys.argv[1] != "lives":
     second.wait()
 first.send_signal(signal.SIGTERM)
 try:
-    print(first.wait(timeout=3 if sys.argv[1] == "lives" else 60))
+    print(first.wait(timeout=60 if sys.argv[1] == "failed" else 3))
 except subprocess.TimeoutExpired:
     print("waits")
 first.kill()
@@ -35,7 +35,7 @@ second.kill()
 """
 
 
-@pytest.mark.parametrize(("peer", "outcome"), [("lives", "waits"), ("failed", "143")])
+@pytest.mark.parametrize(("peer", "outcome"), [("lives", "waits"), ("failed", "143"), ("not torchrun", "waits")])
 def test_a_process_that_waits_for_one_that_failed_is_ended_by_its_launcher(peer: str, outcome: str) -> None:
     words = [sys.executable, "-c", LAUNCHER, peer]
     found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
