@@ -24,7 +24,7 @@ from mirrortune.models.gaps import check_loaded, check_shapes, missing_in_base
 from mirrortune.models.load_errors import damage_errors, load_errors, quiet
 from mirrortune.models.new_tokens import add_tokens, make_room, token_rows
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
-from mirrortune.models.remote_code import announce_code, refuse_kernels
+from mirrortune.models.remote_code import announce_code, refuse_foreign_files, refuse_kernels
 from mirrortune.system.devices import is_slow
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.outputs import restore
@@ -235,6 +235,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
 
     where = f"model '{source.name}'"
     no_files = NoProcessorError(where, "it has no tokenizer files", fix="Put its tokenizer beside it")
+    refuse_foreign_files(source.name, map(source.file, ("tokenizer_config.json", "special_tokens_map.json")))
     with hub_errors(where, flag="--model"), load_errors(source.name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Announce code from model repositories that is about to run, and refuse code that transformers runs without asking."""
+"""Announce code of model repositories that is about to run, and refuse what would run or be read without asking."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ _DESCRIPTIONS = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 _GENERATE = "custom_generate/generate.py"
+# Settings of tokenizers that may be the path of a vocabulary instead of a vocabulary.
+_NAMES_A_FILE = re.compile(r"(\w+_)?(vocab|merges|file)|init_inputs")
 
 
 def announce_code(name: str, location: str, commit: str | None) -> str | None:
@@ -71,6 +76,35 @@ def refuse_kernels(name: str, config: Any) -> None:
                 )  # fmt: skip
 
 
+def refuse_foreign_files(name: str, files: Iterable[Path | None]) -> None:
+    """Check that the settings of a tokenizer name no file outside of the model's folder. Any text file can be read as a
+    vocabulary, which ``merge`` would copy and ``push`` send.
+
+    Args:
+        name: name of the model.
+        files: JSON files with settings; None for a missing one.
+
+    Raises:
+        ConfigError: they do; the error names the setting and the file.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    for path in filter(None, files):
+        roots = [Path(os.path.realpath(place)) for place in (path.parent, constants.HF_HUB_CACHE)]
+        for key, value in _described(path).items():
+            for text in value if key == "init_inputs" and isinstance(value, list) else (value,):
+                is_file = isinstance(text, str) and _NAMES_A_FILE.fullmatch(key) and _is_file(text)
+                if is_file and not any(Path(os.path.realpath(text)).is_relative_to(root) for root in roots):
+                    raise ConfigError(
+                        f"model '{name}'", f"{path.name}: {key} is a file outside of the model's folder: {text}",
+                        fix="Remove this setting, or put the file into the folder under its usual name",
+                    )  # fmt: skip
+
+
+def _is_file(text: str) -> bool:
+    return os.path.lexists(text) and not Path(text).is_dir()
+
+
 def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, list[str]]:
     """Return the class names by the repository that holds their code, with None for the model's repository."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
@@ -92,12 +126,17 @@ def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, l
 
 
 def _references(path: Path) -> list[str]:
-    """Return the references in the ``auto_map`` of a file; empty for a damaged file, which transformers rejects."""
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    mapped = described.get("auto_map") if isinstance(described, dict) else None
+    """Return the references in the ``auto_map`` of a file."""
+    mapped = _described(path).get("auto_map")
     values = mapped.values() if isinstance(mapped, dict) else ()
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [item for item in flat if isinstance(item, str)]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty for a damaged file, which transformers rejects."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -157,6 +157,15 @@ def kernels(place: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "evil/kernels"}))
 
 
+def worded(place: Path) -> None:
+    """The words of the model's tokenizer are a file of the user, which a merge would copy."""
+    (place / "model" / "tokenizer.json").unlink()
+    secret = next(path for path in (place / "bystander").rglob("*") if path.is_file())
+    (place / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "vocab": str(secret)})
+    )
+
+
 def configured(**fields: Any) -> Attack:
     """The model's configuration says something else."""
 
@@ -395,6 +404,9 @@ CASES = {
     ),
     "brackets for a model": Case(
         file("model/config.json", '{"a":' * 100_000), f"prepare -m /model {DATA} --dry-run", 2, "RecursionError"
+    ),
+    "a file of the user for a vocabulary": Case(
+        worded, f"prepare -m /model {DATA} --dry-run", 2, "vocab is a file outside of the model's folder"
     ),
     "compiled code for a model": Case(
         kernels, f"prepare -m /model {DATA} --dry-run", 2,
