@@ -105,17 +105,23 @@ def _curves(task: str, histories: dict[str, list[list[dict[str, Any]]]], metric:
         tidy(left)
         tidy(right)
 
-    caption = f"Training loss and validation score on {task} by epoch, the mean over the seeds of each method."
+    caption = (
+        f"Training loss and validation score on {task} by epoch, the mean over the seeds of each method, up to the "
+        "last epoch that all of them reached."
+    )
     return Drawing(name=f"curves-{slug(task)}", caption=caption, size=(11, 4), draw=draw)
 
 
 def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) -> tuple[list[float], list[float]]:
+    """Return epochs and mean values over ``runs``. Later epochs of some runs only, where patience ended the others, are
+    left out, since the mean would jump to that of the runs that are left.
+    """
     by_epoch: dict[float, list[float]] = {}
     for run in runs:
         for entry in run:
             if entry["event"] == event and key in entry:
                 by_epoch.setdefault(entry["epoch"], []).append(entry[key])
-    epochs = sorted(by_epoch)
+    epochs = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(runs))
     return epochs, [fmean(by_epoch[e]) for e in epochs]
 
 

@@ -135,6 +135,21 @@ def test_the_best_method_is_on_top_of_the_figure(tmp_path: Path, metric: str, or
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == order
 
 
+def test_curves_end_where_patience_has_ended_a_seed(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    compared = comparison(tmp_path, seeds=2)
+    results = write_report(compared, "")
+    results["tasks"]["data"]["metric"] = "accuracy"
+    seeds = [
+        [{"event": "evaluate", "epoch": float(epoch), "accuracy": score} for epoch, score in enumerate(scores, start=1)]
+        for scores in ([0.5, 0.75, 1.0], [0.0, 0.25])
+    ]
+    figure = Figure()
+    comparison_drawings(results, {"data": {"mirror": seeds}})[0].draw(figure)
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[1.0, 0.25], [2.0, 0.5]]
+
+
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     compared = comparison(tmp_path, seeds=1)
     finish(compared, "mirror", 0, 0.5, "test")
