@@ -90,7 +90,8 @@ def learning_curves(runs: Sequence[FinishedRun]) -> Drawing:
     return Drawing(
         name="learning_curves",
         caption="Above: loss of the training rows since the last point, score on the validation rows, learning rate. "
-        "Below: gradient norm before clipping, speed without evaluation, loss on the validation rows.",
+        "Below: gradient norm before clipping, speed without evaluation (a point after a checkpoint includes the time "
+        "to save it), loss on the validation rows.",
         size=(10, 5.2 + 0.2 * (len(runs) // 2)),
         draw=draw,
     )
