@@ -328,13 +328,9 @@ def _parts(adapted: Any, peft: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tuners: dict[str, Any] = {}
     saved: dict[str, Tensor] = {}
     for path, module in modules:
-        if _is_tuner(module, kind):
+        if isinstance(module, kind) and isinstance(getattr(module, "get_base_layer", lambda: None)(), nn.Module):
             tuners[f"{path}.weight"] = module
         elif isinstance(module, peft.utils.ModulesToSaveWrapper):
             own = module.modules_to_save[adapted.active_adapter]
             saved |= {f"{path}.{key}": tensor for key, tensor in own.state_dict().items()}
     return tuners, saved
-
-
-def _is_tuner(module: nn.Module, kind: type) -> bool:
-    return isinstance(module, kind) and isinstance(getattr(module, "get_base_layer", lambda: None)(), nn.Module)

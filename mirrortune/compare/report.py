@@ -284,14 +284,10 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
                 samples, reference, compute, higher_is_better=METRICS[metric].higher_is_better
             )
             tests[split] = [asdict(p) for p in paired]
-    chosen_on = [name for name in splits if _chooses(comparison.recipes[task], name)]
+    validation = comparison.recipes[task].data.validation_split
+    chosen_on = [n for n in splits if n.endswith(_CHOSEN_ON_IT) or may_be_same_split(n, validation)]
     found = {"metric": metric, "reference": reference, "splits": splits, "rows": rows, "chosen_on": chosen_on}
     return {**found, "methods": methods, "tests": tests}
-
-
-def _chooses(recipe: Recipe, split: str) -> bool:
-    """Return whether a reported split holds rows that choose the learning rate and the checkpoint."""
-    return split.endswith(_CHOSEN_ON_IT) or may_be_same_split(split, recipe.data.validation_split)
 
 
 def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:

@@ -233,7 +233,9 @@ def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[
     others = [column for column in others if column.characters >= weak]
     found = longest_text(fitting) or longest_text(others)
     if found is not None:
-        return (found.name,), detected("text", found.name, found.why_text())
+        return (found.name,), detected(
+            "text", found.name, f"{found.characters:.0f} characters in the mean, hardly repeated"
+        )
     for wanted in _WEAK_TEXT_NAMES:
         if wanted in lowered and not others:
             return (lowered[wanted],), detected("text", lowered[wanted])
@@ -378,10 +380,6 @@ class Contents:
     def why_label(self) -> str:
         """Return the reason for taking this column as the label, for a note."""
         return f"{counted(self.distinct, 'value')} in {counted(self.rows, 'row')} looked at"
-
-    def why_text(self) -> str:
-        """Return the reason for taking this column as the text, for a note."""
-        return f"{self.characters:.0f} characters in the mean, hardly repeated"
 
 
 def contents(table: pa.Table) -> dict[str, Contents]:

@@ -7,7 +7,6 @@ import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from mirrortune.config.recipe import Resolved
@@ -113,15 +112,11 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
     unit = next(rate for rate in (1.0, 2.0, 3.0) if rate not in (loop.head_lr, loop.also_train_lr))
     trainer = Trainer(
         model, job.task, train=job.stream or job.train, validation=job.validation,
-        settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,
+        settings=replace(loop, lr=unit), run=run, write_adapter_files=lambda _: None, accelerator=accelerator,
         progress=reporter.training(), objective=job.objective, draws=job.draws,
     )  # fmt: skip
     with reporter.bar("learning rates", _STEPS) as bar:
         return sweep_rates(trainer, lr=loop.lr, num_steps=_STEPS, on_step=bar.advance)
-
-
-def _write_nothing(folder: Path) -> None:
-    """Replace the function that writes an adapter: a sweep keeps none."""
 
 
 def _lines(found: Proposal, settings: RunSettings) -> list[str]:

@@ -161,7 +161,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     )
     source = _with_new_tokens(settings.data.add_tokens, source, rows.task, reporter)
     task, notes = rows.task.for_model(source)
-    if _has_head(source, task):
+    if len(labels_of(task)) == _outputs_of_head(source, task):  # training continues that head
         task, more = with_outputs(task, source.config, is_given=settings.task.labels is not None)
         notes = [*notes, *more]
     for text in (*notes, *_new_head_notes(source, task)):
@@ -186,11 +186,6 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         eval_max_positions=eval_max_positions, duplicated_rows=duplicated, objective=objective,
         samples=samples, draws=draws, sources=sources,
     )  # fmt: skip
-
-
-def _has_head(source: ModelSource, task: Task) -> bool:
-    """Return whether the checkpoint has a head of the task's kind and size, which training continues."""
-    return len(labels_of(task)) == _outputs_of_head(source, task)
 
 
 def _outputs_of_head(source: ModelSource, task: Task) -> int | None:

@@ -24,7 +24,7 @@ from torch import nn
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.config.data_paths import short_name
-from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
+from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, MirrortuneError, VerificationError, counted
 from mirrortune.reports import html, model_card
@@ -88,11 +88,6 @@ class RunResult(FitResult):
     def summary(self) -> dict[str, Any]:
         """Return the ``--json`` object of ``train``."""
         return {name: getattr(self, name) for name in self.SUMMARY}
-
-
-def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """Return the recipe with absolute paths, so that it reproduces the run from any working directory."""
-    return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
 # Settings that a resumed run may change, because no trained parameter and no checkpoint selection depends on them. They

@@ -16,7 +16,7 @@ from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.peft_bridge.tuners import remarks
-from mirrortune.config.recipe import Resolved, flatten
+from mirrortune.config.recipe import Resolved, flatten, with_absolute_paths
 from mirrortune.errors import ConfigError, counted
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
@@ -33,7 +33,6 @@ from mirrortune.runs.results import (
     own_card,
     peak_memory_bytes,
     peak_reserved_bytes,
-    pin_paths,
     restore_kept,
     resumed_rate,
     run_name,
@@ -73,7 +72,8 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = _run_to_write(resolved, settings, recipe_name, resume=resume)
-    recipe = pin_paths(recipe, run)
+    # Absolute paths, so that the saved recipe reproduces the run from any working directory.
+    recipe = with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
     settings = replace(
         settings, model=replace(settings.model, name=recipe.model.name),
         data=replace(settings.data, **data_places(recipe)), output_dir=recipe.output_dir,

@@ -70,7 +70,6 @@ CPU = {
     "large-models": Part(
         module="large_models", folder="large-models", has_folder=True, quick=("--gigabytes", "0.1"),
     ),
-    "startup": Part(module="startup", folder="startup", has_folder=True, quick=("--turns", "1")),
     "many-rows": Part(
         module="many_rows", folder="many-rows", has_folder=True, quick=("--rows", "5000", "--megabytes", "5"),
     ),

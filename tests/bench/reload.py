@@ -25,8 +25,8 @@ from mirrortune.adapters.files.adapter_file import Form, write_adapter
 from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.inject import adapter_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.svd import Factors
 from mirrortune.system.paths import package_folder
+from tests.bench.contestants import any_factors
 from tests.reload_cases import DRIVERS, SPECS, WEIGHTS, Driver, reload_error, saved
 from tests.spectral import train_a_little
 
@@ -131,13 +131,6 @@ def bytes_a_layer(folder: Path) -> dict[str, float]:
     found["hashes"] = sum(len(layer["weight"]) for layer in layers.values())
     found["all else"] = sum(f.stat().st_size for f in folder.iterdir()) - sum(found.values())
     return {name: count / len(layers) for name, count in found.items()}
-
-
-def any_factors(name: str, weight: torch.Tensor, rank: int) -> Factors:
-    """Numbers of the shapes of a weight's factors."""
-    generator = torch.Generator().manual_seed(len(name))
-    U, Vh = (torch.randn(n, rank, generator=generator).double() / n**0.5 for n in weight.shape)
-    return Factors(U=U, S=torch.linspace(2, 1, rank, dtype=torch.float64), Vh=Vh.T)
 
 
 def say(*lines: str) -> None:
