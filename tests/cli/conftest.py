@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.console import reviews, write_table
+from tests.tiny_models import write_tiny_causal
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,3 +25,15 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_table(folder / "reviews.csv", reviews(60))
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama with a chat template; read only."""
+    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a template; read only."""
+    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama-base", template=None)

@@ -121,3 +121,9 @@ def write_table(path: Path, rows: Sequence[Sequence[object]], header: Sequence[s
         writer.writerow(header)
         writer.writerows(rows)
     return path
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

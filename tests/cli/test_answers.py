@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirrortune.adapters.layers import Spectral
-from tests.cli.console import Outcome, mirrortune
+from tests.cli.console import Outcome, mirrortune, write_lines
 from tests.tiny_models import write_tiny_causal
 
 FLAGS = ("--epochs", 25, "--batch-size", 4, "--lr", "1e-1", "--max-length", 64, "eval.max_new_tokens=6")
@@ -20,9 +20,7 @@ def problems(desk: Path) -> Path:
     """Problems whose answers are all the same; a model, and 40 rows."""
     write_tiny_causal(desk / "model")
     rows = [{"question": f"what is {number}", "answer": "#### 7"} for number in range(40)]
-    path = desk / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_lines(desk / "problems.jsonl", rows)
 
 
 def train(data: Path, *words: object) -> Outcome:

@@ -13,21 +13,9 @@ from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.cli import chat as command
 from mirrortune.system.console import Reporter
 from mirrortune.tasks.base import task_to_dict
-from tests.cli.console import mirrortune
-from tests.tiny_models import write_tiny_causal, write_tiny_model, write_tiny_seq2seq
+from tests.cli.console import mirrortune, write_lines
+from tests.tiny_models import write_tiny_model, write_tiny_seq2seq
 from tests.tiny_runs import adapt, classification
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with a chat template."""
-    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without a template."""
-    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama-base", template=None)
 
 
 def test_piped_lines_are_answered_one_by_one(desk: Path, chatty: Path) -> None:
@@ -101,7 +89,7 @@ def test_a_plain_model_says_that_it_continues_text(plain: Path) -> None:
 
 def test_a_run_is_talked_to_as_it_was_trained(desk: Path, chatty: Path) -> None:
     rows = [{"prompt": f"say {word}", "completion": word} for word in ("a", "b", "c", "d") * 4]
-    (desk / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(desk / "rows.jsonl", rows)
     trained = mirrortune("train", "-m", chatty, "-t", "causal-lm", "-d", "rows.jsonl", "-o", "run", "--max-steps", 1)
     assert trained.exit_code == 0, trained.stderr
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_lines, write_table
 from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 # 150 steps of a few milliseconds: time enough to be interrupted; dropout, so that random states matter.
@@ -175,7 +175,7 @@ def of_packed_talks(folder: Path) -> list[object]:
     draw, path = random.Random(0), folder / "talks.jsonl"
     model = write_tiny_causal(folder / "model", attention_dropout=0.1)
     rows = [{"prompt": draw.choice("abcdefgh") * draw.randrange(1, 9), "completion": "no no no"} for _ in range(130)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(path, rows)
     words = ["-m", model, "-t", "causal-lm", "-d", path, "--max-length", 96, "data.packing=true", "--batch-size", 2]
     return [*words, "--epochs", 350, "train.num_workers=3"]
 

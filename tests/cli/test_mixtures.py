@@ -14,16 +14,11 @@ import yaml
 from mirrortune.config.recipe import read_target_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.merging.redaction import Redaction
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import mirrortune, reviews, write_lines, write_table
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import write_tiny_model
 
 KIND = ["-t", "text-classification"]
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -10,20 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.console import Outcome, mirrortune
+from tests.cli.console import Outcome, mirrortune, write_lines
 from tests.tiny_models import write_tiny_causal
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with a chat template."""
-    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without a template."""
-    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tiny-llama-base", template=None)
 
 
 def talks(count: int = 40) -> list[dict[str, Any]]:
@@ -36,12 +24,6 @@ def talks(count: int = 40) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def train(model: Path, data: object, *words: object, out: str = "run") -> Outcome:
     """A short training."""
     return mirrortune("train", "-m", model, "-t", "causal-lm", "-d", data, "-o", out, "--json", *words)
@@ -49,7 +31,7 @@ def train(model: Path, data: object, *words: object, out: str = "run") -> Outcom
 
 @pytest.mark.parametrize("packing", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_an_answer_is_learned_and_survives_merging(desk: Path, chatty: Path, packing: str) -> None:
-    write(desk / "talks.jsonl", talks())
+    write_lines(desk / "talks.jsonl", talks())
 
     flags = ["--epochs", 10, "--batch-size", 4, "--lr", "1e-1", "--max-length", 128, f"data.packing={packing}"]
     outcome = train(chatty, "talks.jsonl", *flags)
@@ -88,7 +70,7 @@ def test_every_layout_is_taken(desk: Path, chatty: Path) -> None:
         "text": [{"text": f"{p} {c}"} for p, c in pairs],
     }
     for name, rows in layouts.items():
-        write(desk / f"{name}.jsonl", rows)
+        write_lines(desk / f"{name}.jsonl", rows)
 
     def shown(name: str, *words: str) -> str:
         """All rows as the model would get them: text, ids, mask and labels."""
@@ -105,12 +87,12 @@ def test_every_layout_is_taken(desk: Path, chatty: Path) -> None:
 
 def test_truncation_is_counted_and_no_answer_is_cut_away_in_silence(desk: Path, plain: Path) -> None:
     rows = [{"prompt": "a" * n, "completion": "no"} for n in (4, 20, 29, 40, 50)] * 4
-    write(desk / "rows.jsonl", rows)
+    write_lines(desk / "rows.jsonl", rows)
     outcome = train(plain, "rows.jsonl", "--max-steps", 1, "--max-length", 32, "data.validation_fraction=0.2")
     assert outcome.exit_code == 0, outcome.stderr
     assert "left out: their answers begin after 32 tokens" in outcome.stderr
     assert "truncated to 32" in outcome.stderr
-    write(desk / "long.jsonl", [{"prompt": "a" * 50, "completion": "no"}] * 8)
+    write_lines(desk / "long.jsonl", [{"prompt": "a" * 50, "completion": "no"}] * 8)
     refused = train(plain, "long.jsonl", "--max-length", 32, out="long")
     assert refused.exit_code == 3
     assert "no answer begins within 32 tokens. Raise --max-length" in refused.said
@@ -120,11 +102,11 @@ def test_rows_without_an_answer_are_refused_by_count(desk: Path, chatty: Path) -
     rows = talks(20)
     for row in rows[3:6]:
         row["messages"] = row["messages"][:1]
-    write(desk / "talks.jsonl", rows)
-    write(desk / "valid.jsonl", talks(4))
+    write_lines(desk / "talks.jsonl", rows)
+    write_lines(desk / "valid.jsonl", talks(4))
     (desk / "data").mkdir()
-    write(desk / "data" / "train.jsonl", rows)
-    write(desk / "data" / "validation.jsonl", talks(4))
+    write_lines(desk / "data" / "train.jsonl", rows)
+    write_lines(desk / "data" / "validation.jsonl", talks(4))
     outcome = train(chatty, "data")
     assert outcome.exit_code == 3
     assert "3 of 20 rows have no answer to learn in column 'messages' (lines 4, 5, 6)" in outcome.said
@@ -145,14 +127,14 @@ def test_rows_without_an_answer_are_refused_by_count(desk: Path, chatty: Path) -
 def test_what_does_not_fit_is_refused(
     desk: Path, chatty: Path, rows: list[dict[str, Any]], words: list[object], exit_code: int, says: str
 ) -> None:
-    write(desk / "rows.jsonl", rows)
+    write_lines(desk / "rows.jsonl", rows)
     outcome = train(chatty, "rows.jsonl", *words)
     assert outcome.exit_code == exit_code, outcome.stderr
     assert says in outcome.said
 
 
 def test_conversations_need_a_template(desk: Path, plain: Path) -> None:
-    write(desk / "talks.jsonl", talks(8))
+    write_lines(desk / "talks.jsonl", talks(8))
     for model in (plain, write_tiny_causal(desk / "blank", template="\n")):
         outcome = train(model, "talks.jsonl")
         assert outcome.exit_code == 2

@@ -16,7 +16,7 @@ from mirrortune.config.recipe import read_recipe, resolve
 from mirrortune.runs.checks import unpack_for_eval
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.tasks.base import task_from_dict
-from tests.cli.console import Outcome, mirrortune, reviews, write_table
+from tests.cli.console import Outcome, mirrortune, reviews, write_lines, write_table
 
 ROWS = reviews(60)
 
@@ -35,7 +35,7 @@ def write(folder: Path, name: str) -> Path:
     elif path.suffix == ".json":
         path.write_text(json.dumps(objects), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in objects), encoding="utf-8")
+        write_lines(path, objects)
     else:
         write_table(path, ROWS)
     return path

@@ -13,22 +13,16 @@ import pytest
 import soundfile
 
 from mirrortune.merging.parcel import merged_parcel, read_report
-from tests.cli.console import mirrortune
+from tests.cli.console import mirrortune, write_lines
 from tests.tiny_models import tiny_tokenizer, write_tiny_audio, write_tiny_model, write_tiny_seq2seq
 
 Rows = list[dict[str, Any]]
 _PLAIN = ("the", "a", "plot", "is", "was", "very")
 
 
-def write(path: Path, rows: Rows) -> Path:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def learn(model: Path, kind: str, rows: Rows, *words: object) -> dict[str, float]:
     """Train on rows, score the run, merge it, and score what was merged: all three agree. Returns the metrics."""
-    data = write(Path("rows.jsonl"), rows)
+    data = write_lines(Path("rows.jsonl"), rows)
     flags = ["-m", model, "-t", kind, "-d", data, "-o", "run", "--batch-size", 8, "--head-lr", "1e-2", "--json", *words]
     trained = mirrortune("train", *flags)
     metrics = trained.data["metrics"]
@@ -78,12 +72,12 @@ def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> Non
     results = json.loads(Path("run/results.json").read_text())
     assert results["metrics"]["loss"] < results["metrics_before"]["loss"]
     one = mirrortune("predict", "run", "--text", "the film", "--format", "jsonl").data["prediction"]
-    corpus = write(Path("corpus.jsonl"), [{"sentence1": "the film"}, {"sentence1": "a movie"}])
+    corpus = write_lines(Path("corpus.jsonl"), [{"sentence1": "the film"}, {"sentence1": "a movie"}])
     mirrortune("predict", "run", "-d", corpus, "-o", "embedded.jsonl")
     embedded = [json.loads(line)["prediction"] for line in Path("embedded.jsonl").read_text().splitlines()]
     assert [len(vector) for vector in embedded] == [32, 32]
     assert embedded[0] == pytest.approx(one, abs=1e-5)
-    other = write(Path("other.jsonl"), [{"id": 7, "body": "the film"}])
+    other = write_lines(Path("other.jsonl"), [{"id": 7, "body": "the film"}])
     for target in ("run", "merged"):  # whatever the column is called, and by a model that has no run
         words = ("-t", "sentence-similarity") if target == "merged" else ()
         named = mirrortune("predict", target, *words, "-d", other, "--format", "jsonl")
@@ -111,7 +105,18 @@ def test_a_shorter_length_is_among_the_ways_to_fit(
     if kind == "multiple-choice":
         rows = [{"question": f"{text} {i}", "choices": ["a", "the"], "label": 0} for i in range(20)]
     monkeypatch.setenv("MIRRORTUNE_DEVICE_MEMORY", "0.04")
-    flags = ["-m", model, "-t", kind, "-d", write(Path("rows.jsonl"), rows), "--max-length", 2000, "--batch-size", 1]
+    flags = [
+        "-m",
+        model,
+        "-t",
+        kind,
+        "-d",
+        write_lines(Path("rows.jsonl"), rows),
+        "--max-length",
+        2000,
+        "--batch-size",
+        1,
+    ]
     outcome = mirrortune("prepare", *flags, "--dry-run")
     assert outcome.exit_code == 4
     assert "--max-length" in outcome.stderr

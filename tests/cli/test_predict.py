@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from mirrortune.cli.app import app
 from mirrortune.inference.prediction_file import Parts
-from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_lines, write_table
 from tests.tiny_models import write_tiny_model, write_tiny_vision
 
 
@@ -56,7 +56,7 @@ def predict_with_input(run: Path, content: bytes, *words: object) -> Outcome:
 def test_the_answers_are_those_of_eval_in_every_format(run: Path, place: Path) -> None:
     rows = [{"id": number, "note": None, "text": text} for number, text in enumerate(texts(150))]
     write_table(place / "rows.csv", [[row["id"], "", row["text"]] for row in rows], ("id", "note", "text"))
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(place / "rows.jsonl", rows)
     pq.write_table(pa.Table.from_pylist(rows), place / "rows.parquet")
 
     scored = mirrortune("eval", run, "-d", "rows.csv", "--predictions", "answers.txt")

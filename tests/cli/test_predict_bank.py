@@ -14,18 +14,12 @@ from typing import Any
 import pytest
 
 from mirrortune.inference.bank import AdapterBank
-from tests.cli.console import mirrortune
+from tests.cli.console import mirrortune, write_lines
 from tests.tiny_models import WORDS, write_tiny_causal
 
 Rows = list[dict[str, Any]]
 SHOPS = {"4": ("bad", "good"), "17": ("cheap", "dear", "fair"), "23": ("bad", "good")}
 FLAGS = ("--adapter-column", "shop", "--format", "jsonl", "-q")
-
-
-def write(path: Path, rows: Rows) -> Path:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def told(*words: object) -> Rows:
@@ -43,7 +37,7 @@ def shops(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pat
     for number, (shop, labels) in enumerate(SHOPS.items()):
         texts = [f"the film was {draw.choice(WORDS)} and {draw.choice(WORDS)}" for _ in range(24)]
         rows = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)]
-        data = write(folder.parent / f"{folder.name}-{shop}.jsonl", rows)
+        data = write_lines(folder.parent / f"{folder.name}-{shop}.jsonl", rows)
         flags = ["-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--epochs", 1, "--batch-size", 8]
         flags += ["--head-lr", "1e-1", "--seed", number, "--method", ("mirror", "psoft", "mirror")[number]]
         trained = mirrortune("train", *flags, "-o", folder / "run" / shop, "-q", cache=cache)
@@ -60,13 +54,13 @@ def rows_of_shops(count: int = 17) -> Rows:
 
 def test_rows_are_answered_as_by_their_adapters_alone(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
     rows = rows_of_shops()
-    data = write(desk / "rows.jsonl", rows)
+    data = write_lines(desk / "rows.jsonl", rows)
     found = told(tiny_model_dir, "--bank", shops, "-d", data, "--top", 3, *FLAGS)
     assert [row["shop"] for row in found] == [row["shop"] for row in rows]
     assert len({row["prediction"] for row in found}) > 2
     for shop, labels in SHOPS.items():
         own = [row for row in found if str(row["shop"]) == shop]
-        asked = write(desk / f"{shop}.jsonl", [row for row in rows if str(row["shop"]) == shop])
+        asked = write_lines(desk / f"{shop}.jsonl", [row for row in rows if str(row["shop"]) == shop])
         alone = told(shops / shop, "-d", asked, "--top", 3, "--format", "jsonl", "-q")
         for one, other in zip(own, alone, strict=True):
             assert one["prediction"] in labels
@@ -80,7 +74,7 @@ def test_a_saved_bank_answers_as_its_folder(shops: Path, tiny_model_dir: Path, d
 
     bank = AdapterBank.load(AutoModelForSequenceClassification.from_pretrained(tiny_model_dir), shops)
     bank.save(desk / "bank.safetensors")
-    data = write(desk / "rows.jsonl", rows_of_shops(5))
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(5))
     of_file, of_folder = (told(tiny_model_dir, "--bank", place, "-d", data, *FLAGS)
                           for place in (desk / "bank.safetensors", shops))  # fmt: skip
     assert of_file == of_folder
@@ -104,7 +98,7 @@ def test_all_rows_without_an_adapter_are_named_before_anything_is_answered(
     rows = rows_of_shops(6)
     for row, shop in ((1, "9"), (3, ""), (4, "x"), (5, "9")):
         rows[row]["shop"] = shop
-    data = write(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
+    data = write_lines(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
     words = ("predict", tiny_model_dir, "--bank", shops, "-d", data, *FLAGS)
     refused = mirrortune(*words)
     assert refused.exit_code == 3
@@ -121,7 +115,7 @@ def test_bad_rows_at_the_start_do_not_fix_the_columns(shops: Path, tiny_model_di
     rows = rows_of_shops(66)
     for row in rows[:64]:  # the first block
         row["shop"] = "x"
-    data = write(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
+    data = write_lines(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
 
     skipped = told(tiny_model_dir, "--bank", shops, "-d", data, *FLAGS, "--on-error", "skip")
 
@@ -168,21 +162,21 @@ def test_adapters_that_no_row_names_do_not_matter(shops: Path, tiny_model_dir: P
 def test_what_a_bank_cannot_answer_is_refused(
     shops: Path, tiny_model_dir: Path, desk: Path, words: list[object], code: int, said: str
 ) -> None:
-    write(desk / "rows.jsonl", rows_of_shops(2))
+    write_lines(desk / "rows.jsonl", rows_of_shops(2))
     refused = mirrortune("predict", tiny_model_dir, *[shops if word == "BANK" else word for word in words])
     assert (refused.exit_code, refused.stdout) == (code, "")
     assert said in refused.said
 
 
 def test_an_adapter_is_no_base_of_a_bank(shops: Path, desk: Path) -> None:
-    data = write(desk / "rows.jsonl", rows_of_shops(2))
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(2))
     refused = mirrortune("predict", shops / "4", "--bank", shops, "-d", data, *FLAGS)
     assert refused.exit_code == 2
     assert "holds an adapter of its own" in refused.said
 
 
 def test_the_bank_is_never_the_output(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
-    data = write(desk / "rows.jsonl", rows_of_shops(2))
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(2))
     inside = shops / "4" / "adapter" / "answers.csv"
     refused = mirrortune(
         "predict", tiny_model_dir, "--bank", shops, "-d", data, "--adapter-column", "shop", "-o", inside
@@ -200,13 +194,12 @@ def test_prompts_are_answered_by_the_base_where_no_adapter_is_named(
         {"prompt": text, "poet": poet} for text, poet in (("a", "b"), ("the film", None), ("so", "a"), ("a", "a"))
     ]
     flags = ("--format", "jsonl", "-q", "--max-new-tokens", 6)
-    found = told(
-        model, "--bank", desk / "poets", "-d", write(desk / "rows.jsonl", rows), "--adapter-column", "poet", *flags
-    )
-    sampled = told(model, "--bank", desk / "poets", "-d", desk / "rows.jsonl", "--adapter-column", "poet", *flags,
+    data = write_lines(desk / "rows.jsonl", rows)
+    found = told(model, "--bank", desk / "poets", "-d", data, "--adapter-column", "poet", *flags)
+    sampled = told(model, "--bank", desk / "poets", "-d", data, "--adapter-column", "poet", *flags,
                    "--temperature", 1.0, "--batch-size", 1)  # fmt: skip
     for poet in ("a", "b"):
-        own = write(desk / f"{poet}.jsonl", [{"prompt": row["prompt"]} for row in rows])
+        own = write_lines(desk / f"{poet}.jsonl", [{"prompt": row["prompt"]} for row in rows])
         alone = told(desk / "poets" / poet, "-d", own, *flags)
         drawn = told(desk / "poets" / poet, "-d", own, *flags, "--temperature", 1.0)
         for number, row in enumerate(rows):
@@ -230,7 +223,7 @@ def make_poets() -> Callable[[Path], Path]:
                 "-t",
                 "causal-lm",
                 "-d",
-                write(desk / f"{poet}.jsonl", rows),
+                write_lines(desk / f"{poet}.jsonl", rows),
                 "--epochs",
                 2,
                 "--lr",

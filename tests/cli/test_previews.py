@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import mirrortune, reviews, write_lines, write_table
 from tests.tiny_models import write_tiny_causal, write_tiny_vision
 
 PREPARE = ("prepare", "-t", "text-classification", "--dry-run")
@@ -75,7 +75,7 @@ def test_a_class_with_a_line_break_is_shown_in_one_line(desk: Path, tiny_model_d
 def test_of_a_language_model_what_is_learned_is_shown(desk: Path, tmp_path: Path) -> None:
     model = write_tiny_causal(tmp_path / "chat")
     rows = [{"prompt": f"Say {i}: ", "completion": f"number {i}"} for i in range(20)]
-    (desk / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(desk / "rows.jsonl", rows)
 
     outcome = mirrortune(
         "prepare", "-t", "causal-lm", "-m", model, "-d", "rows.jsonl", "task.format=text", "--dry-run", "--show", 1

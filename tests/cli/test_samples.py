@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import mirrortune, reviews, write_lines, write_table
 from tests.tiny_models import write_tiny_causal
 
 
@@ -20,7 +20,7 @@ def dropping(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_samples_show_what_is_learned_and_change_no_number(desk: Path, dropping: Path) -> None:
     rows = [{"prompt": f"say {word}", "completion": "no no"} for word in "abcdefgh" * 3]
-    (desk / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(desk / "rows.jsonl", rows)
     words = ["train", "-m", dropping, "-t", "causal-lm", "-d", "rows.jsonl", "--max-steps", 4, "--batch-size", 4,
              "train.eval_every_steps=2", "train.log_every_steps=1", "eval.before=true", "--lr", 0.1]  # fmt: skip
     told = mirrortune(*words, "-o", "told")

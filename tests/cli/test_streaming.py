@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.console import finish, mirrortune, reviews, start
+from tests.cli.console import finish, mirrortune, reviews, start, write_lines
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import write_tiny_causal, write_tiny_model
 
@@ -81,7 +81,7 @@ def test_streamed_conversations_are_packed_block_by_block(tmp_path: Path) -> Non
     data.mkdir()
     for name, count in (("train-0", 40), ("train-1", 30), ("validation", 6)):
         rows = [{"prompt": draw.choice("abcdefgh") * draw.randrange(1, 9), "completion": "no no"} for _ in range(count)]
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_lines(data / f"{name}.jsonl", rows)
     model = write_tiny_causal(tmp_path / "model")
     words = ["train", "-m", model, "-t", "causal-lm", "-d", data, *STREAM, "data.packing=true", "--max-length", 64]
     words += ["--batch-size", 2, "--max-steps", 12, "train.save_every_steps=5", "--keep", 9]
