@@ -81,7 +81,7 @@ def test_a_saved_bank_answers_as_its_folder(shops: Path, tiny_model_dir: Path, d
 
 
 def test_what_is_no_file_in_a_bank_is_not_opened(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
-    data = write(desk / "rows.jsonl", rows_of_shops(5))
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(5))
     shutil.copytree(shops, desk / "bank")
     (desk / "bank" / "folder" / "adapter.json").mkdir(parents=True)
     (desk / "bank" / "lost").mkdir()
@@ -128,19 +128,19 @@ def test_adapters_that_no_row_names_do_not_matter(shops: Path, tiny_model_dir: P
     damaged, other = (shutil.copytree(shops / "4", bank / name) for name in ("0", "1"))
     (damaged / "adapter" / "adapter.json").write_text("{", encoding="utf-8")
     rows = [{"text": "a good film", "stars": number / 8} for number in range(8)]
-    data = write(desk / "stars.jsonl", rows)
+    data = write_lines(desk / "stars.jsonl", rows)
     shutil.rmtree(other)
     flags = ["-m", tiny_model_dir, "-t", "regression", "-d", data, "--max-steps", 1, "-q", "-o", other]
     assert mirrortune("train", *flags).exit_code == 0
-    data = write(desk / "rows.jsonl", rows_of_shops(5))
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(5))
     words = (tiny_model_dir, "--bank", bank, "-d", data, *FLAGS)
     assert told(*words) == told(tiny_model_dir, "--bank", shops, "-d", data, *FLAGS)
 
-    write(data, [{"text": "a", "shop": shop} for shop in (0, 4)])
+    write_lines(data, [{"text": "a", "shop": shop} for shop in (0, 4)])
     answered = told(*words, "--on-error", "skip")
     assert [row["score"] is None for row in answered] == [True, False]
     assert "damaged" in answered[0]["error"]
-    write(data, [{"text": "a", "shop": shop} for shop in (4, 1)])
+    write_lines(data, [{"text": "a", "shop": shop} for shop in (4, 1)])
     refused = mirrortune("predict", *words)
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "adapter '4': it is for text-classification, and '1' for regression" in refused.said
