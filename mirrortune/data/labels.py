@@ -292,11 +292,15 @@ def label_fields(names: Sequence[str]) -> dict[str, Any]:
 def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
     """Return the class names stored by the datasets library for a column of ClassLabel or lists of it, or None."""
     stored = (table.schema.metadata or {}).get(b"huggingface")
-    feature = json.loads(stored).get("info", {}).get("features", {}).get(column) if stored else None
+    try:
+        feature = json.loads(stored)["info"]["features"].get(column) if stored else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # written by another program
+        return None
     while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
         feature = feature["feature"]
     names = feature.get("names") if isinstance(feature, dict) else None
-    return tuple(names) if names else None
+    is_valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and is_valid else None
 
 
 def has_class(table: pa.Table, column: str, name: str) -> bool:

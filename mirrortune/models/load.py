@@ -147,6 +147,8 @@ def find_model(
         if not folder.is_dir():
             fix = "Check the path; if the model has moved, give its place with --model"
             raise ConfigError("model.name", f"no such folder: {location}", fix=fix)
+        if pipe := next((p for p in folder.iterdir() if p.exists() and not (p.is_file() or p.is_dir())), None):
+            raise ConfigError(f"model '{name}'", f"{pipe} is a pipe or a device, and is not opened", fix="Remove it")
         if gguf_file and not (folder / gguf_file).is_file():
             raise ConfigError(
                 "model.name", f"no such file: {folder / gguf_file}", fix="Check the path given to --model"

@@ -43,7 +43,7 @@ def load_errors(name: str) -> Iterator[None]:
             allowed="safetensors, or a pickle of only tensors",
             fix="Take a revision with safetensors (--revision), or open it where you trust it and save_pretrained it",
         ) from error  # fmt: skip
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, struct.error, EOFError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError, struct.error, EOFError) as error:
         raise ConfigError(f"model '{name}'", f"a file is damaged ({error})", fix="Download or copy it again") from error
     except (ValueError, KeyError) as error:
         text = str(error).strip().split("\n")[0]

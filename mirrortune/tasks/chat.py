@@ -422,7 +422,7 @@ def _arguments(value: Any, *, as_text: bool) -> Any:
         return value if isinstance(value, str) else json.dumps({} if value is None else value, ensure_ascii=False)
     try:
         return json.loads(value) if isinstance(value, str) else {} if value is None else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

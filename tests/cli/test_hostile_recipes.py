@@ -166,6 +166,12 @@ def worded(place: Path) -> None:
     )
 
 
+def piped(place: Path) -> None:
+    """The tokenizer is a pipe, from which nothing ever comes."""
+    (place / "model" / "tokenizer.json").unlink()
+    os.mkfifo(place / "model" / "tokenizer.json")
+
+
 def configured(**fields: Any) -> Attack:
     """The model's configuration says something else."""
 
@@ -403,7 +409,16 @@ CASES = {
         configured(dtype=5), f"prepare -m /model {DATA} --dry-run", 2, "its configuration cannot be used (dtype is 5)"
     ),
     "brackets for a model": Case(
-        file("model/config.json", '{"a":' * 100_000), f"prepare -m /model {DATA} --dry-run", 2, "RecursionError"
+        file("model/config.json", '{"a":' * 100_000), f"prepare -m /model {DATA} --dry-run", 2, "a file is damaged"
+    ),
+    **{
+        f"brackets for {name}": Case(
+            file(f"model/{name}", "[" * 100_000), f"prepare -m /model {DATA} --dry-run", 2, "a file is damaged (maximum"
+        )
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    },
+    "a pipe for a tokenizer": Case(
+        piped, f"prepare -m /model {DATA} --dry-run", 2, "tokenizer.json is a pipe or a device"
     ),
     "a file of the user for a vocabulary": Case(
         worded, f"prepare -m /model {DATA} --dry-run", 2, "vocab is a file outside of the model's folder"

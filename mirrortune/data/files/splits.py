@@ -110,7 +110,7 @@ def _saved(path: Path) -> dict[str, Any]:
     """Read a file of ``save_to_disk``."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(str(path), f"it cannot be read ({first_line(error)})", fix="Save the data set again") from error
     if not isinstance(found, dict):
         raise DataError(str(path), f"got {type(found).__name__}", allowed="an object", fix="Save the data set again")

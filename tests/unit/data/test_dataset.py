@@ -125,9 +125,10 @@ def test_what_was_saved_and_damaged_is_refused(tmp_path: Path) -> None:
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(DataError, match=r"one: data-00000-of-00001\.arrow is missing\. Copy the whole folder"):
         load_data(DataPlace.parse(str(tmp_path / "one")))
-    (tmp_path / "one" / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"state\.json: it cannot be read"):
-        load_data(DataPlace.parse(str(tmp_path / "one")))
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "one" / "state.json").write_text(content)
+        with pytest.raises(DataError, match=r"state\.json: it cannot be read"):
+            load_data(DataPlace.parse(str(tmp_path / "one")))
 
 
 def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mirrortune.data.files.row_places import FileRows, RowPlaces
-from mirrortune.data.labels import class_indices, class_names, label_remarks
+from mirrortune.data.labels import class_indices, class_names, feature_names, label_remarks
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,13 @@ def test_true_and_false_are_one_class_in_every_format(values: list[object], name
 def test_spellings_of_true_that_are_classes_stay_apart() -> None:
     table = pa.table({"text": ["x", "y", "z"], "label": ["True", "true", "no"]})
     assert class_indices(table, "label", ("True", "no", "true"), RowPlaces(source="rows")).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["[" * 100_000, "{", "[]", '{"info": []}', '{"info": {"features": {"label": {"names": "ab"}}}}',
+     '{"info": {"features": {"label": {"names": [1, null]}}}}'],
+)  # fmt: skip
+def test_metadata_of_another_program_hold_no_classes(stored: str) -> None:
+    table = pa.table({"label": ["x"]}).replace_schema_metadata({"huggingface": stored})
+    assert feature_names(table, "label") is None
