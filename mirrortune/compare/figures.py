@@ -125,11 +125,12 @@ def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) 
     return epochs, [fmean(by_epoch[e]) for e in epochs]
 
 
-def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    smoothed: list[float] = []
-    for value in values:
-        smoothed.append(weight * smoothed[-1] + (1 - weight) * value if smoothed else value)
-    return smoothed
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the mean around each value, over a tenth of them. The window is symmetric even at the ends, where it is
+    narrower: any other lags behind a falling loss.
+    """
+    reaches = [min(len(values) // 20, i, len(values) - 1 - i) for i in range(len(values))]
+    return [fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def _finished(found: dict[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,18 @@ def test_curves_end_where_patience_has_ended_a_seed(tmp_path: Path) -> None:
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[1.0, 0.25], [2.0, 0.5]]
 
 
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_smoothed_losses_do_not_lag_behind(tmp_path: Path, count: int) -> None:
+    from matplotlib.figure import Figure
+
+    results = write_report(comparison(tmp_path, seeds=1), "")
+    losses = [100.0 - step for step in range(count)]
+    run = [{"event": "train", "epoch": float(step), "loss": loss} for step, loss in enumerate(losses)]
+    figure = Figure()
+    comparison_drawings(results, {"data": {"mirror": [run]}})[0].draw(figure)
+    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx(losses)
+
+
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     compared = comparison(tmp_path, seeds=1)
     finish(compared, "mirror", 0, 0.5, "test")
