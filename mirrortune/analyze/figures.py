@@ -75,7 +75,7 @@ def _shares(analysis: Analysis) -> Drawing:
 
 
 _MAPS: tuple[tuple[str, Callable[[MatrixComparison], float], bool], ...] = (
-    ("change of the norm (%)", lambda c: 100 * c.norms["relative"], False),
+    ("norm of the change (% of the weight's)", lambda c: 100 * c.norms["relative"], False),
     ("top singular values (%)", lambda c: 100 * c.value_change.get("top", math.nan), True),
     ("tail singular values (%)", lambda c: 100 * c.value_change.get("tail", math.nan), True),
     ("top vectors turned (degrees)", mean_turn, False),
@@ -234,7 +234,7 @@ def _subspaces(analysis: Analysis) -> Drawing:
         for axes in (left, right):
             axes.set_xlabel("leading directions of the base")
             axes.set_xticks(sizes, sizes)
-            axes.minorticks_off()
+            axes.set_xticks([], minor=True)  # not those of y, the only labels of an axis within a decade
             tidy(axes)
             axes.legend(frameon=False, fontsize=7)
 

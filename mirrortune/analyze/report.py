@@ -146,7 +146,7 @@ def _group_row(group: MatrixGroup) -> list[str]:
 
 def _depth_lines(depths: dict[str, MatrixGroup]) -> list[str]:
     shown = {
-        "change of the norm": [100 * g.relative for g in depths.values()],
+        "norm of the change": [100 * g.relative for g in depths.values()],
         "top vectors turned": [g.turned or 0.0 for g in depths.values()],
         "amplified": [100 * g.shares["amplification"] if g.shares else 0.0 for g in depths.values()],
     }

@@ -214,7 +214,7 @@ def test_layers_are_listed_by_their_number(tmp_path: Path) -> None:
     data = mirrortune("analyze", *paths, "--json").data
 
     assert "From layer 0 to 11:" in done.stdout
-    assert re.search(r"change of the norm +▁▁?▂.*█ ", done.stdout)
+    assert re.search(r"norm of the change +▁▁?▂.*█ ", done.stdout)
     assert list(data["by_depth"]) == [*map(str, range(12)), "outside"]
     found = [data["by_depth"][str(i)]["relative"] for i in range(12)]
     assert found == pytest.approx([0.01 * i for i in range(1, 13)], rel=1e-4)
