@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, all_of
 from mirrortune.system.console import Reporter, describe_metrics, kilobytes, significant
 from mirrortune.system.paths import local_path, shell_word
 
@@ -30,10 +32,7 @@ def report(
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.reports import html  # noqa: PLC0415
-    from mirrortune.reports.finished_run import FinishedRun, damage  # noqa: PLC0415
-    from mirrortune.reports.run_page import run_page  # noqa: PLC0415
     from mirrortune.system.outputs import Input  # noqa: PLC0415
-    from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
 
     folders = [local_path(run) for run in runs]
     places = [folder.resolve() for folder in folders]
@@ -42,10 +41,28 @@ def report(
     output = output and str(local_path(output))
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with html.page_output(path, [Input("run", folder) for folder in folders]) as put:
-        with damage(", ".join(runs)):
-            made = run_page([FinishedRun(RunDirectory(folder)) for folder in folders])
-        put(made)
+        put(_page(folders))
     reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
+
+
+def _page(folders: Sequence[Path]) -> str:
+    """Return the page of runs, or raise one error that names every damaged one."""
+    from mirrortune.reports.finished_run import MALFORMED, FinishedRun, damage  # noqa: PLC0415
+    from mirrortune.reports.run_page import run_page  # noqa: PLC0415
+    from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
+
+    def opened(folder: Path) -> FinishedRun:
+        with damage(str(folder)):
+            return FinishedRun(RunDirectory(folder))
+
+    runs = all_of(*(partial(opened, folder) for folder in folders))
+    with damage(", ".join(map(str, folders))):
+        try:
+            return run_page(runs)
+        except MALFORMED:
+            if len(folders) > 1:  # the page of the damaged one alone fails too
+                all_of(*(partial(_page, [folder]) for folder in folders))
+            raise
 
 
 def analyze(

@@ -21,6 +21,9 @@ from mirrortune.system.console import describe_metrics, kilobytes, significant
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import describe_status
 
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""Errors of code that reads malformed content: a run's files have no schema."""
+
 
 class FinishedRun:
     """The files of a finished run, each read when it is first used.
@@ -142,14 +145,14 @@ def is_there(path: Path) -> bool:
 
 @contextmanager
 def damage(where: str) -> Iterator[None]:
-    """Report errors of the block that come from malformed content as a damaged file: a run's files have no schema.
+    """Report errors of the block that come from malformed content as a damaged file.
 
     Raises:
         VerificationError: the block raised such an error.
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    except MALFORMED as error:
         problem = f"a file of the run is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise VerificationError(where, problem, fix="Copy the run again; --debug says more") from error
 

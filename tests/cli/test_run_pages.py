@@ -187,6 +187,18 @@ def test_bad_input_is_answered_in_words(runs: Runs, tmp_path: Path) -> None:
     assert "damaged" in mirrortune("report", damaged).said
 
 
+def test_only_damaged_runs_are_named(runs: Runs, tmp_path: Path) -> None:
+    whole = [Path(shutil.copytree(runs.none, tmp_path / f"whole-{n}")) for n in range(2)]
+    for broken in ({"results.json": "{", "recipe.yaml": ""}, {"results.json": '{"metrics": 3}'}):
+        damaged = [Path(shutil.copytree(runs.none, tmp_path / name / str(len(broken)))) for name in ("left", "right")]
+        for folder in damaged:
+            for name, content in broken.items():
+                (folder / name).write_text(content, encoding="utf-8")
+        said = mirrortune("report", whole[0], damaged[0], whole[1], damaged[1], "-o", tmp_path / "page.html").stderr
+        assert all(said.count(str(folder)) == 1 for folder in damaged)
+        assert "whole" not in said
+
+
 def test_a_tracker_is_told_every_number(runs: Runs) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
