@@ -400,7 +400,7 @@ def _check_types(asked: AdapterSpec) -> None:
         ("seed", is_seed, "a whole number from 0 to 2**63 - 1"),
         ("split", isinstance(asked.split, dict), "a dict of parts by layer names, or None"),
     ]
-    if errors := [ConfigError(key, f"got {getattr(asked, key)!r}", allowed=a) for key, ok, a in checks if not ok]:
+    if errors := [ConfigError(key, f"got {getattr(asked, key)!r:.60}", allowed=a) for key, ok, a in checks if not ok]:
         raise ConfigError.several(errors)
 
 

@@ -466,6 +466,17 @@ def test_a_foreign_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None
         mirrortune.load_adapter(tiny_bert(seed=2), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("method", ["mirror", "lora"])
+def test_a_base_with_another_number_of_classes_is_told_the_right_one(
+    tiny_model_dir: Path, tmp_path: Path, method: str
+) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    mirrortune.save_adapter(mirrortune.attach(load_base(tiny_model_dir, num_labels=3), method), tmp_path / "adapter")
+    with pytest.raises(VerificationError, match=r"shape \(3,.*Load the base with num_labels=3"):
+        mirrortune.load_adapter(load_base(tiny_model_dir), tmp_path / "adapter")
+
+
 def test_any_torch_module_will_do(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(3)
