@@ -25,9 +25,9 @@ HEAVY = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "matplotlib",
          "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = (
-    "__main__", "errors", "registry", "config.recipe", "config.schema", "config.strict_yaml", "adapters.methods",
-    "system.paths", "system.console", "cli.app", "cli.flags", "cli.exports", "cli.reports", "cli.recipes",
-    "cli.predictions", "cli.chat",
+    "__main__", "errors", "registry", "config.recipe", "config.schema", "config.strict_yaml", "config.foreign_names",
+    "adapters.methods", "system.paths", "system.console", "cli.app", "cli.flags", "cli.exports", "cli.reports",
+    "cli.recipes", "cli.predictions", "cli.chat",
 )  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") or "__init__"

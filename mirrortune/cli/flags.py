@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from mirrortune.adapters.methods import method_names
 from mirrortune.config import strict_yaml
+from mirrortune.config.foreign_names import advice_on, key_of
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter
 
@@ -26,24 +27,21 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Details, such as
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-# Flags of the training scripts of transformers -> their names here.
-_OF_TRANSFORMERS = {
-    "--model-name-or-path": "--model", "--dataset-name": "--data", "--train-file": "--data", "--task-name": "--task",
-    "--num-train-epochs": "--epochs", "--per-device-train-batch-size": "--batch-size",
-    "--max-seq-length": "--max-length", "--max-train-steps": "--max-steps", "--lr-scheduler-type": "--schedule",
-}  # fmt: skip
+_MAY_BE_EMPTY = ("system",)  # no system prompt
 
 
 class OnceEach(TyperCommand):
     """A command that rejects a repeated flag that takes one value, of which click would silently use the last one.
 
-    It also says how flags of transformers' scripts are called here.
+    It also rejects an empty value, for which many flags would silently take their default, and says how flags of other tools are called here.
     """
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         _report(self._foreign(args))
-        order: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
+        parsed: Any = self.make_parser(ctx).parse_args(list(args))
+        values, _, order = parsed
+        _report(_empty(values, order))
         one_value = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
         errors = []
         for param in dict.fromkeys(one_value):
@@ -54,11 +52,29 @@ class OnceEach(TyperCommand):
         return super().parse_args(ctx, args)
 
     def _foreign(self, args: Sequence[str]) -> list[ConfigError]:
-        """Return an error for each flag of transformers' scripts that this command has under another name."""
+        """Return an error for each flag that another tool has under a name of its own, or that is only a setting."""
         own = {name for param in self.params for name in param.opts}
-        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")} - own
-        meant = [(flag, _OF_TRANSFORMERS.get(flag.replace("_", "-"))) for flag in sorted(given)]
-        return [ConfigError(flag, "no such option", fix=f"Use {name}") for flag, name in meant if name in own]
+        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        unknown = sorted(flag for flag in given if flag.replace("_", "-") not in own)
+        found = [(flag, self._meant(flag[2:].replace("-", "_"), own)) for flag in unknown]
+        return [ConfigError(flag, "no such option", fix=fix) for flag, fix in found if fix is not None]
+
+    def _meant(self, name: str, own: set[str]) -> str | None:
+        """Return what to write in place of the flag ``name``, or None."""
+        key, has_settings = key_of(name), any(param.name == "words" for param in self.params)
+        flag = "--task" if key == "task.kind" else next((f.names[0] for f in FLAGS if f.key == key), None)
+        if flag in own:
+            return f"Use {flag}"
+        trains = "--lr" in own or not (key or "").startswith(("train.", "adapter.", "output_dir"))
+        return advice_on(name) or (f"Write {key}=VALUE" if key and has_settings and trains else None)
+
+
+def _empty(values: Mapping[str, Any], given: Sequence[Any]) -> list[ConfigError]:
+    """Return an error for each of the parameters ``given`` with an empty text, such as that of an unset variable."""
+    texts = {param: values.get(param.name) for param in given if param.name not in _MAY_BE_EMPTY}
+    empty = [param for param, text in texts.items() if text == "" or (isinstance(text, list | tuple) and "" in text)]
+    places = [", ".join(param.opts) if param.param_type_name == "option" else "arguments" for param in empty]
+    return [ConfigError(where, "got an empty text", fix="Give a value, or leave it out") for where in places]
 
 
 def _report(errors: Sequence[ConfigError]) -> None:

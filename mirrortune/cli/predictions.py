@@ -135,8 +135,6 @@ def _check_rows(
     named = _is_named(resolved, own, "data.path")
     places = {"--data": named or None, "--text": text or None, "--image": image, "--split": split}
     given = [flag for flag, value in places.items() if value is not None]
-    if "" in (image, *(text or ())):
-        raise ConfigError("--text" if text else "--image", "it is empty", fix="Give a value, or remove it")
     if not given:
         raise ConfigError(
             "--data", "no rows are named",

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from mirrortune.config import strict_yaml
 from mirrortune.config.data_paths import absolute_paths, anchored_model, anchored_paths, bare_names, walks_far
+from mirrortune.config.foreign_names import advice_on, key_of
 from mirrortune.config.schema import Recipe, SourceSection
 from mirrortune.errors import PREFERENCES, ConfigError, did_you_mean, no_preferences, unknown_name
 from mirrortune.system.paths import local_path, shipped_folder
@@ -376,8 +377,10 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     where = layer.place(path) if layer else ".".join(path)
     got = _shortened(problem.get("input"))
     if problem["type"] == "extra_forbidden":
-        names = list(_section_fields(path[:-1]))
-        return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
+        name, names = path[-1], list(_section_fields(path[:-1]))
+        if len(path) < 3 and (fix := advice_on(name) or ((key := key_of(name)) and f"It is {key} here")):
+            return ConfigError(where, f"unknown key '{name}'", fix=fix)
+        return ConfigError(where, f"unknown key '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
     message = _PLAIN_NAMES.get(message, message)
     near = ""
@@ -421,10 +424,11 @@ def _valid_part(merged: dict[str, Any]) -> Recipe:
 
 
 def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
-    allowed: dict[tuple[str, str], list[str]] = {}  # pydantic reports an error for every member of a union
+    found: dict[tuple[str, str], list[ConfigError]] = {}  # pydantic reports an error for every member of a union
     for error in errors:
-        allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
-    return [ConfigError(*key, allowed=" or ".join(dict.fromkeys(choices))) for key, choices in allowed.items()]
+        found.setdefault((error.where, error.problem), []).append(error)
+    allowed = {key: " or ".join(dict.fromkeys(one.allowed or "" for one in own)) for key, own in found.items()}
+    return [ConfigError(*key, allowed=allowed[key], fix=own[0].fix) for key, own in found.items()]
 
 
 def _known_path(loc: tuple[str, ...], merged: dict[str, Any]) -> tuple[str, ...]:

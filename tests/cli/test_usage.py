@@ -16,6 +16,59 @@ TASK = ["-t", "text-classification", "-d", "reviews.csv"]
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["train", "quickstart", "-o", ""], "-o: got an empty text"),
+        (["train", "quickstart", "--output-dir="], "--output-dir, -o: got an empty text"),
+        (["train", "--model", "", "-t", "", "--method="], "--model, -m: got an empty text"),
+        (["train", "-d", "reviews.csv", "-d", ""], "--data, -d: got an empty text. Give a value, or leave it out."),
+        (["train", "quickstart", "--resume", ""], "arguments: got an empty text"),
+        (["train", ""], "arguments: got an empty text"),
+        (["eval", "", "--split", ""], "--split: got an empty text"),
+        (["predict", "run", "--text", "one", "--text", ""], "--text: got an empty text"),
+        (["predict", "run", "--image", ""], "--image: got an empty text"),
+        (["merge", "run", "-o", ""], "-o, --output-dir: got an empty text"),
+        (["push", "run", ""], "arguments: got an empty text"),
+        (["compare", "quickstart", "--methods", ""], "--methods: got an empty text"),
+        (["train", "quickstart", "train.lr="], "'train.lr=': it has no value"),
+    ],
+)
+def test_a_value_is_not_empty(desk: Path, words: list[str], says: str) -> None:
+    """That of a shell variable that is not set; the default would take its place."""
+    outcome = mirrortune(*words)
+    assert outcome.exit_code == 2
+    assert says in outcome.said
+
+
+def test_a_system_prompt_may_be_empty(desk: Path) -> None:
+    assert "empty text" not in mirrortune("chat", "nowhere/at-all", "--system", "").said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train --lora-r 8", "--lora-r: no such option. Use --rank."),
+        ("train --max_seq_length=9 --model_name_or_path x", "--model_name_or_path: no such option. Use --model."),
+        ("train --weight-decay 0.1", "--weight-decay: no such option. Write train.weight_decay=VALUE."),
+        ("train --bf16 true", "--bf16: no such option. Use train.precision=bf16."),
+        ("train --evaluation-strategy epoch", "as often as train.eval_every_steps says"),
+        ("merge run -o merged --base_model x", "--base_model: no such option. Use --model."),
+        ("eval run --weight-decay 0.1", "No such option: --weight-decay"),
+        ("train quickstart learning_rate=1", "'learning_rate=1': unknown key 'learning_rate'. It is train.lr here."),
+        ("train quickstart train.lora_alpha=1", "unknown key 'lora_alpha'. It is adapter.options.lora_alpha here."),
+        ("train quickstart max_grad_norm=1", "unknown key 'max_grad_norm'. It is train.max_grad_norm here."),
+        ("train quickstart train.output_dir=a", "unknown key 'output_dir'. It is output_dir here."),
+        ("train quickstart train.load_best_model_at_end=true", "the best checkpoint is always the result."),
+    ],
+)
+def test_names_of_other_tools_are_translated(desk: Path, words: str, says: str) -> None:
+    outcome = mirrortune(*words.split())
+    assert outcome.exit_code == 2
+    assert says in outcome.said
+    assert "Allowed:" not in outcome.said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
         (
             "train --lr 1 --learning-rate 2 --lr 3",
             "--lr, --learning-rate: given 3 times, but takes one value.",
