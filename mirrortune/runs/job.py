@@ -41,7 +41,7 @@ from mirrortune.models.load import (
 from mirrortune.models.new_tokens import known_tokens, token_rows
 from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
-from mirrortune.runs.index_checks import Lengths, check_rows, longest
+from mirrortune.runs.index_checks import Lengths, check_end_tokens, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, describe_trained_on, num_trained_on, read_data
 from mirrortune.runs.samples import Samples, choose_samples
@@ -308,7 +308,7 @@ def _encode(settings: RunSettings, rows: RunRows, base: _Base, reporter: Reporte
         train=task.encode(rows.train, processor, learned),
         validation=task.encode(rows.validation, processor, scored),
         reported={name: task.encode(split, processor, scored) for name, split in rows.reported.items()},
-        stream=_streamed(settings.data.shuffle_buffer, rows.train, task, processor, learned),
+        stream=_streamed(settings.data.shuffle_buffer, rows.train, task, base, learned),
     )
     for name, examples in encoded.by_name.items():
         reporter.note(f"  {name}: {examples.describe()}")
@@ -320,20 +320,20 @@ def _encode(settings: RunSettings, rows: RunRows, base: _Base, reporter: Reporte
     return encoded
 
 
-def _streamed(
-    block_rows: int, rows: Split, task: Task, processor: Any, reading: Reading
-) -> StreamedExamples | None:  # fmt: skip
+def _streamed(block_rows: int, rows: Split, task: Task, base: _Base, reading: Reading) -> StreamedExamples | None:
     """Return the rows of a streamed split, or None; they are encoded in a separate thread with its own processor."""
     if rows.stream is None:
         return None
-    own = copy.deepcopy(processor)
+    own, where = copy.deepcopy(base.processor), f"model '{base.source.name}'"
 
     def encode(table: pa.Table, seed: int) -> Examples:
         # The order of the files changes every epoch, so rows are numbered within their block.
         source = f"{rows.source} (a block of the stream)"
         block = replace(rows, table=table, stream=None, source=source, files=(), kept=None)
         with uncached():
-            return task.encode(block, own, replace(reading, seed=seed))
+            examples = task.encode(block, own, replace(reading, seed=seed))
+        check_end_tokens(base.model, examples, own, where=where, source=source)
+        return examples
 
     return StreamedExamples(stream=rows.stream, encode=encode, block_rows=block_rows)
 

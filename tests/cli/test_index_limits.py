@@ -180,6 +180,20 @@ def test_texts_that_hold_the_end_token_are_named_in_training_and_prediction(desk
     assert predicted.exit_code == 0, predicted.stderr
 
 
+def test_the_end_tokens_of_later_rows_of_a_stream_are_counted(desk: Path, bart: Path) -> None:
+    rows = reviews(1010)
+    write_table(desk / "scored.csv", rows[:20])
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    lines[1004] = lines[1004].replace("the ", "[SEP] ").replace("a ", "[SEP] ")
+    (desk / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    words = ("-m", bart, "-t", "text-classification", "-d", "rows.jsonl", "data.streaming=true", "--max-steps", 1)
+
+    refused = mirrortune("train", *words, "data.validation_path=scored.csv", "-o", "run", "eval.before=false")
+
+    assert refused.exit_code == 3
+    assert "rows.jsonl (a block of the stream): 1 row with 2 in place of 1 end tokens '[SEP]'" in refused.said
+
+
 def test_the_end_tokens_of_many_rows_are_counted_in_little_memory() -> None:
     """The ids of millions of rows lie on disk."""
     ids = np.ones(10_000_000, np.int32)
