@@ -247,11 +247,13 @@ def class_fields(adapter: AdapterFile) -> dict[str, Any]:
 
 
 def check_class(adapter: AdapterFile) -> None:
-    """Raise ConfigError for an adapter whose base is not a transformers model or was not loaded as one."""
+    """Raise ConfigError for an adapter whose base is no transformers model, or in a dtype that is not loaded here."""
     name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
-    if not is_model_class(name) or dtype not in DTYPES:
-        problem = f"its base is a '{name}' in {dtype}, which transformers cannot load here"
-        raise ConfigError(str(adapter.folder), problem, fix="Use it in Python, with load_adapter")
+    where, fix = str(adapter.folder), "Use it in Python, with load_adapter"
+    if not is_model_class(name):
+        raise ConfigError(where, f"its base is a '{name}', which transformers cannot load here", fix=fix)
+    if dtype not in DTYPES:
+        raise ConfigError(where, f"its base was loaded in {dtype}", allowed=", ".join(DTYPES), fix=fix)
 
 
 def is_model_class(name: str) -> bool:

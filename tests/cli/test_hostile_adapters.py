@@ -272,6 +272,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "a base that writes a card": ("compact", say("base", "name", value="x\n---\nlicense: mit"), "is invalid"),
     "a base of another module": ("compact", say("base", "auto_class", value="os.system"), "is invalid"),
     "a base outside": ("compact", say("base", "name", value="../../../../etc"), "etc", BY_MERGE),
+    "a base in float64": ("compact", say("base", "dtype", value="float64"), "its base was loaded in float64. Allowed: float32, ", BY_MERGE),
     "a dtype that is a function": ("compact", say("base", "dtype", value="load"), "is invalid"),
     "a task of another module": ("compact", say("task", "kind", value="../../os"), "unknown kind of task", BY_MERGE),
     "labels that are none": ("compact", say("task", "labels", value=5), "labels: got 5", BY_COMMAND),
