@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Define the settings of a run, merge them from layers, and track the origin of each value."""
 
-__all__ = ["data_paths", "recipe", "schema", "strict_yaml"]
+__all__ = ["data_paths", "foreign_names", "recipe", "schema", "strict_yaml"]
