@@ -202,8 +202,7 @@ BAD: dict[str, Bad] = {
     # Recipes.
     "unknown recipe key": recipe(
         "train:\n  learning_rate: 1\n",
-        "my.yaml:2: train.learning_rate: unknown key 'learning_rate'",
-        "Allowed: lr, head_lr",
+        "my.yaml:2: train.learning_rate: unknown key 'learning_rate'. It is train.lr here.",
     ),
     "several recipe errors": recipe(
         "train:\n  lr: yes\n  epochs: '3'\n  batchsize: 4\nadaptr: {}\n",
