@@ -30,7 +30,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.contestants import hardware, python_path, versions
+from tests.bench.contestants import environment, hardware, versions
 from tests.bench.parts import PARTS, Part
 from tests.bench.targets import read_results, table, targets
 
@@ -72,13 +72,10 @@ def chosen(options: argparse.Namespace) -> dict[str, Part]:
 
 def run(part: Part, output: Path, options: argparse.Namespace, seconds: float | None = None) -> bool:
     """Run a part in a process of its own for at most ``seconds``; whether it succeeded."""
-    env = {**os.environ, "PYTHONPATH": python_path(), "HF_HUB_OFFLINE": "1"}
-    if options.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as scratch:
         words = part.command(output, Path(scratch), is_quick=options.quick, clock=options.clock)
         command = [sys.executable, "-m", f"tests.bench.{part.module}", *words]
-        env["MIRRORTUNE_CACHE"] = str(Path(scratch) / "cache")
+        env = environment(Path(scratch) / "cache", options.device)
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, process_group=0)
         try:
             printed, _ = process.communicate(timeout=seconds)

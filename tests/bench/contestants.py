@@ -195,6 +195,12 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 
+def environment(cache: Path, device: str) -> dict[str, str]:
+    """The environment of processes of a bench, with a cache of ours; for ``cpu`` they see no GPU."""
+    env = {**os.environ, "PYTHONPATH": python_path(), "MIRRORTUNE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return env | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+
+
 def hardware(device: str) -> str:
     """The device by name."""
     if device == "cuda":

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contestants import hardware, python_path, versions
+from tests.bench.contestants import environment, hardware, versions
 from tests.bench.output import command_line, write_and_print
 
 ROOT = Path(__file__).parents[2]
@@ -149,12 +149,9 @@ def run(name: str, place: Path, device: str) -> dict[str, float]:
     """Processor and clock seconds of one run."""
     if name == "ours":
         subprocess.run(["rm", "-rf", str(place / "cache")], check=True)
-    env = {**os.environ, "MIRRORTUNE_CACHE": str(place / "cache"), "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1",
-           "PYTHONPATH": python_path(), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}  # fmt: skip
-    if device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, the Trainer would use nn.DataParallel
+    env = environment(place / "cache", device)
+    env |= {"HF_HOME": str(place / "hf"), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}
+    env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, the Trainer would use nn.DataParallel
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     said = subprocess.run(
         command(name, place), check=True, env=env, cwd=place, stdout=subprocess.PIPE, text=True

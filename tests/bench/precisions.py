@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tests.bench.contestants import SIZES, hardware, python_path, versions
+from tests.bench.contestants import SIZES, environment, hardware, versions
 from tests.bench.output import command_line, write_and_print
 from tests.tiny_models import tiny_tokenizer, write_tiny_causal
 
@@ -191,9 +190,7 @@ def main() -> int:
     write_model(folder / "model", options)
     write_tiny_causal(folder / "llama")
     write_prompts(folder / "prompts.jsonl")
-    env = {**os.environ, "PYTHONPATH": python_path(), "MIRRORTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    if options.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
+    env = environment(folder / "cache", options.device)
     width = SIZES[options.size][0]
     setting = f"{options.layers} layers of {width}, {options.batch} rows of up to {options.length} tokens."
     found: dict[str, Any] = {"commands": {}, "setting": setting, "hardware": hardware(options.device),
