@@ -623,6 +623,57 @@ def test_an_attached_model_works_inside_a_pipeline(tiny_model_dir: Path) -> None
     assert [a["score"] for a in answers] == pytest.approx(scores.max(dim=-1).values.tolist(), abs=1e-5)
 
 
+class Sentences(nn.Module):
+    """An adapted model inside another, as in a SentenceTransformer."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.encoder = inside
+        self.dense = nn.Linear(2, 2)
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_inside_the_trainers_is_saved_and_resumed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    cls = mirrortune.adapter_trainer(Trainer)
+    model = Sentences(mirrortune.attach(load_base(tiny_model_dir)))
+    with pytest.raises(ConfigError, match=r"require gradients: dense\.weight, dense\.bias"):
+        cls(model, arguments_for(tmp_path, 2), train_dataset=rows_of()).train()
+    model.dense.requires_grad_(requires_grad=False)
+    cls(model, arguments_for(tmp_path, 2), train_dataset=rows_of()).train()
+    saved = tmp_path / "checkpoint-2"
+    loaded = mirrortune.load_adapter(load_base(tiny_model_dir), saved)
+    assert torch.equal(logits(loaded), logits(model.encoder))
+
+    again = Sentences(loaded)
+    again.dense.requires_grad_(requires_grad=False)
+    trainer = cls(again, arguments_for(tmp_path, 4), train_dataset=rows_of())
+    trainer.train(resume_from_checkpoint=str(saved))
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.sft
+def test_sentence_transformers_trains_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+
+    parts = st.sentence_transformer.modules
+    embedder = st.SentenceTransformer(modules=[parts.Transformer(str(tiny_model_dir)), parts.Pooling(32)])
+    mirrortune.attach(embedder[0].auto_model)
+    rows = Dataset.from_dict({"a": ["a good film"] * 8, "b": ["a bad plot"] * 8, "score": [0.9, 0.1] * 4})
+    loss = st.sentence_transformer.losses.CoSENTLoss(embedder)
+    arguments = st.SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True
+    )
+    cls = mirrortune.adapter_trainer(st.SentenceTransformerTrainer)
+    cls(model=embedder, args=arguments, train_dataset=rows, loss=loss).train()
+    assert not [p.name for p in (tmp_path / "checkpoint-2").rglob("*.safetensors") if p.parent.name != "adapter"]
+    mirrortune.merge_adapter(tiny_model_dir, tmp_path / "checkpoint-2", tmp_path / "merged")
+
+
 @pytest.mark.sft
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's own
 def test_trl_trains_it(tmp_path: Path) -> None:
