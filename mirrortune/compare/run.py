@@ -446,5 +446,7 @@ def _device(slot: int, jobs: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(count)]
         return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    from mirrortune.system.devices import num_cores  # noqa: PLC0415
+
+    threads = max(1, num_cores() // jobs)
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}

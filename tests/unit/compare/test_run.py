@@ -180,7 +180,8 @@ def test_runs_share_the_gpus_only_where_they_use_them(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert default_jobs() == 1
-    assert list(_device(2, 4)) == ["OMP_NUM_THREADS"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert _device(2, 4) == {"OMP_NUM_THREADS": "2"}
 
 
 def test_a_comparison_that_reported_other_splits_says_how_to_go_on(tmp_path: Path) -> None:
