@@ -141,12 +141,10 @@ def predict(
         if (parts := output.parts()) is not None:
             sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
         sources = _open(settings, row, split, accelerator)
-        settings = _for_rows(settings, sources[0], named)
-        adapters = None if bank is None else load_row_adapters(
-            target, settings, bank, sources[0].data, accelerator.device
-        )  # fmt: skip
+        data, settings = sources[0].data, _for_rows(settings, sources[0], named)
+        adapters = None if bank is None else load_row_adapters(target, settings, bank, data, accelerator.device)
         found = adapters.base if adapters is not None else load_target(
-            target, adapter_folder, settings, sources[0].data, reporter, force_base=force_base, is_labelled=False
+            target, adapter_folder, settings, data, reporter, force_base=force_base, is_labelled=False
         )  # fmt: skip
         own, fitted = adapter_folder if is_own_data else None, []
         for rows, task in all_fitted(sources, found.task, reporter, are_named=bool(named)):
