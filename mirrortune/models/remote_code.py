@@ -20,8 +20,12 @@ _DESCRIPTIONS = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 _GENERATE = "custom_generate/generate.py"
-# Settings of tokenizers that may be the path of a vocabulary instead of a vocabulary.
-_NAMES_A_FILE = re.compile(r"(\w+_)?(vocab|merges|file)|init_inputs")
+# Settings of tokenizers that may be the path of a vocabulary instead of a vocabulary. Older releases of transformers
+# recorded the paths of three other files, which are not read as a vocabulary: two are not opened, and the third must be
+# a tokenizer.json.
+_NAMES_A_FILE = re.compile(
+    r"(?!(special_tokens_map|added_tokens|tokenizer)_file$)((\w+_)?(vocab|merges|file)|init_inputs)"
+)
 
 
 def announce_code(name: str, location: str, commit: str | None) -> str | None:

@@ -478,9 +478,10 @@ def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Ten
     if found is None:
         raise VerificationError(where, f"tensor '{name}' is missing from the adapter", fix="Restore the adapter folder")
     if tuple(found.shape) != tuple(shape):
-        is_head = name.endswith(adapter.head) and found.shape[1:] == torch.Size(shape[1:])
-        fix = f"Load the base with num_labels={found.shape[0]}" if is_head else None
-        raise VerificationError(where, f"tensor '{name}' has shape {tuple(found.shape)}", allowed=f"{shape}", fix=fix)
+        is_head = found.ndim and name.endswith(adapter.head) and found.shape[1:] == torch.Size(shape[1:])
+        fix = f"Load the base with num_labels={len(found)}" if is_head else None
+        problem = f"tensor '{name}' has shape {tuple(found.shape)}"
+        raise VerificationError(where, problem, allowed=f"{tuple(shape)}", fix=fix)
     if found.is_floating_point() and found.dtype.itemsize == 1:
         raise VerificationError(where, f"tensor '{name}' is {found.dtype}", fix="Restore the adapter folder")
     if not torch.isfinite(found).all():

@@ -249,6 +249,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]
     ),
     "angles of another shape": (put(THETA, lambda t: t[:-1]), rf"'{THETA}' has shape \(15,\).*Allowed: \(16,\)"),
     "head of another shape": (put(HEAD, lambda t: t.T.contiguous()), rf"'{HEAD}' has shape \(32, 2\)"),
+    "a number in place of the head's bias": (
+        put("param.classifier.bias", torch.sum),
+        r"bias' has shape \(\)\. Allowed: \(2,\)",
+    ),
     "sketch of another rank": (
         in_shards(lambda t: t[:, :-1].contiguous()),
         f"{QUERY}: the adapter holds a basis of rank 31",

@@ -49,6 +49,10 @@ def test_usual_settings_of_tokenizers_are_taken(tmp_path: Path) -> None:
     settings, own = tmp_path / "tokenizer_config.json", tmp_path / "vocab.txt"
     own.write_text("a")
     usual = {"vocab_file": "/home/author/vocab.txt", "tokenizer_file": str(own), "vocab": {"a": 0}, "merges": [["a"]]}
+    elsewhere = tmp_path.parent / f"{tmp_path.name}.json"  # of a model that was loaded from a folder and saved again
+    elsewhere.write_text("{}")
+    recorded = ("special_tokens_map_file", "added_tokens_file", "tokenizer_file")
+    usual |= dict.fromkeys(recorded, str(elsewhere))
     for text in (json.dumps({**usual, "name_or_path": str(tmp_path), "unk_token": "a"}), "[" * 100_000, '""'):
         settings.write_text(text)
         refuse_foreign_files("x", [settings])
