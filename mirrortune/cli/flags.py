@@ -28,12 +28,18 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 _MAY_BE_EMPTY = ("system",)  # no system prompt
+# Flags that share their name with a setting of another meaning.
+_NOT_SETTINGS = {
+    "config": "Give the recipe without a flag",
+    "split": "Write data.train_split=NAME or data.validation_split=NAME",
+}
 
 
 class OnceEach(TyperCommand):
     """A command that rejects a repeated flag that takes one value, of which click would silently use the last one.
 
-    It also rejects an empty value, for which many flags would silently take their default, and says how flags of other tools are called here.
+    It also rejects an empty value, for which many flags would silently take their default, and names what replaces a
+    flag of another tool.
     """
 
     @override
@@ -65,8 +71,12 @@ class OnceEach(TyperCommand):
         flag = "--task" if key == "task.kind" else next((f.names[0] for f in FLAGS if f.key == key), None)
         if flag in own:
             return f"Use {flag}"
-        trains = "--lr" in own or not (key or "").startswith(("train.", "adapter.", "output_dir"))
-        return advice_on(name) or (f"Write {key}=VALUE" if key and has_settings and trains else None)
+        advice = advice_on(name)
+        if not has_settings:
+            return None if advice and "=" in advice else advice
+        of_training = ("train.", "adapter.", "output_dir", "data.max_train_rows")
+        has_effect = key is not None and ("--lr" in own or not key.startswith(of_training))
+        return _NOT_SETTINGS.get(name) or advice or (f"Write {key}=VALUE" if has_effect else None)
 
 
 def _empty(values: Mapping[str, Any], given: Sequence[Any]) -> list[ConfigError]:

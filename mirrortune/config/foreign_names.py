@@ -68,20 +68,20 @@ _OURS: Mapping[str, str] = {
 }
 _OURS_BY_NAME = {name: key for key, names in _OURS.items() for name in names.split()}
 
-_BY_STEPS = "Remove it: it is done at the end of every epoch, or as often as {} says"
+_BY_STEPS = "Remove it: this is done at the end of every epoch, or at intervals of {}"
 _ADVICE = {
     "evaluation_strategy": _BY_STEPS.format("train.eval_every_steps"),
     "eval_strategy": _BY_STEPS.format("train.eval_every_steps"),
     "save_strategy": _BY_STEPS.format("train.save_every_steps"),
-    "logging_strategy": "Remove it: train.log_every_steps says how often",
+    "logging_strategy": "Remove it: train.log_every_steps is the interval",
     "load_best_model_at_end": "Remove it: the adapter of the best checkpoint is always the result",
-    "greater_is_better": "Remove it: every metric knows its direction",
+    "greater_is_better": "Remove it: the direction of each metric is known",
     "group_by_length": "Remove it: batches are always made of rows of similar length",
     "resume_from_checkpoint": "Use --resume",
     "overwrite_output_dir": "Use --overwrite",
-    "do_train": "Use the command train",
-    "do_eval": "Use the command eval",
-    "do_predict": "Use the command predict",
+    "do_train": "Remove it: the command train does this",
+    "do_eval": "Remove it: the command eval does this",
+    "do_predict": "Remove it: the command predict does this",
     "push_to_hub": "Use the command push after training",
     "deepspeed": "Use --accelerate-config zero2 or zero3",
     "fsdp": "Use --accelerate-config fsdp2",
