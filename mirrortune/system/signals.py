@@ -84,7 +84,7 @@ class StopSignals:
 
 
 def await_launcher(error: BaseException) -> None:
-    """If ``error`` says that another process of the run has ended, wait for the launcher to end this one too.
+    """If ``error`` shows that another process of the run has ended, wait for the launcher to end this one too.
 
     The other process reports its error, and its exit code is that of the run if the launcher finds no other failure
     with it. Returns after half a minute in which no launcher has ended this process.
@@ -94,8 +94,12 @@ def await_launcher(error: BaseException) -> None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Return whether ``error`` says that another process of the run has ended."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in _LEFT_ALONE)
+    """Return whether ``error`` is that of a collective whose other process has ended.
+
+    Errors of the network, such as those of the Hub, quote the same words, but are no RuntimeError.
+    """
+    is_known = isinstance(error, RuntimeError) and any(words in str(error) for words in _LEFT_ALONE)
+    return is_known and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _num_siblings() -> int:

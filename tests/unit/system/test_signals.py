@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrortune.errors import HubError
 from mirrortune.system.signals import await_launcher
 
 # A launcher of two processes. The first waits where no signal handler of Python can reach it, as in a collective of
@@ -43,18 +44,19 @@ def test_a_process_that_waits_for_one_that_failed_is_ended_by_its_launcher(peer:
 
 
 @pytest.mark.parametrize(
-    ("processes", "said", "waits"),
+    ("processes", "error", "waits"),
     [
-        ("2", "[pair.cc:553] Connection closed by peer [127.0.0.1]:12166.", True),
-        ("2", "mat1 and mat2 shapes cannot be multiplied", False),
-        ("1", "Connection reset by peer", False),
+        ("2", RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:12166."), True),
+        ("2", RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        ("1", RuntimeError("Connection reset by peer"), False),
+        ("2", HubError("model 'x'", "Connection reset by peer"), False),
     ],
 )
 def test_only_the_process_that_failed_reports(
-    processes: str, said: str, *, waits: bool, monkeypatch: pytest.MonkeyPatch
+    processes: str, error: Exception, *, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    await_launcher(RuntimeError(said))
+    await_launcher(error)
     assert bool(pauses) is waits
