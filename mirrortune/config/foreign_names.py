@@ -87,11 +87,11 @@ _ADVICE = {
     "fsdp": "Use --accelerate-config fsdp2",
     "template": "Remove it: the chat template is that of the tokenizer",
     "train_on_inputs": "Use task.loss_on=all for true, completions for false",
-    "load_in_8bit": "Use model.load_in=8bit",
-    "load_in_4bit": "Use model.load_in=4bit",
-    "use_dora": "Use adapter.method=dora",
-    "bf16": "Use train.precision=bf16",
-    "fp16": "Use train.precision=fp16",
+    "load_in_8bit": "Use model.load_in=8bit, or remove it if false",
+    "load_in_4bit": "Use model.load_in=4bit, or remove it if false",
+    "use_dora": "Use adapter.method=dora, or remove it if false",
+    "bf16": "Use train.precision=bf16, or remove it if false",
+    "fp16": "Use train.precision=fp16, or remove it if false",
 }
 
 

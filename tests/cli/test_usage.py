@@ -48,7 +48,7 @@ def test_a_system_prompt_may_be_empty(desk: Path) -> None:
         ("train --lora-r 8", "--lora-r: no such option. Use --rank."),
         ("train --max_seq_length=9 --model_name_or_path x", "--model_name_or_path: no such option. Use --model."),
         ("train --weight-decay 0.1", "--weight-decay: no such option. Write train.weight_decay=VALUE."),
-        ("train --bf16 true", "--bf16: no such option. Use train.precision=bf16."),
+        ("train --bf16 true", "--bf16: no such option. Use train.precision=bf16, or remove it if false."),
         ("train --evaluation-strategy epoch", "or at intervals of train.eval_every_steps"),
         ("merge run -o merged --base_model x", "--base_model: no such option. Use --model."),
         ("eval run --weight-decay 0.1", "No such option: --weight-decay"),
