@@ -16,7 +16,7 @@ import numpy as np
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.config.recipe import read_target_recipe, resolve
 from mirrortune.config.schema import Recipe
-from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.dataset import DataSet, Split, take_subset
 from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
@@ -35,7 +35,7 @@ from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, DataPlace, is_plain_name
 from mirrortune.system.run_directory import run_of
-from mirrortune.tasks.base import Answers, Task, check_columns, reading_like, with_label_columns
+from mirrortune.tasks.base import TARGET_ROLES, Answers, Task, check_columns, reading_like, with_label_columns
 from mirrortune.tasks.classes import classes_of
 from mirrortune.training.evaluate import evaluate_split
 
@@ -132,8 +132,7 @@ def _evaluate(
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     warn_of_changed_data(adapter_folder if is_own_data else None, data, [rows], reporter)
-    train = None if is_own_data or adapter_folder is None else _training_rows(adapter_folder, found.task)
-    if train is not None and (count := num_trained_on(train, rows, found.task)):
+    if not is_own_data and adapter_folder is not None and (count := _num_trained_on(adapter_folder, rows, found.task)):
         reporter.note(describe_trained_on(count, "row" if name == "all" else f"{name} row"))
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
@@ -225,23 +224,30 @@ def warn_of_changed_data(
         )
 
 
-def _training_rows(adapter_folder: Path, task: Task) -> Split | None:
-    """Return the rows that the run of an adapter was trained on, or None if these are not small unchanged local files.
+def _num_trained_on(adapter_folder: Path, rows: Split, task: Task) -> int:
+    """Return how many of ``rows`` an adapter was trained on; 0 unless its data is unchanged local files of small size.
 
-    Looking for them must neither download anything nor take longer than the evaluation.
+    Counting must neither download anything nor take longer than the evaluation.
     """
     run = run_of(adapter_folder)
     if run is None:
-        return None
-    with suppress(MirrortuneError, OSError):
+        return 0
+    with suppress(MirrortuneError, OSError, ValueError):
         settings = unpack_for_eval(resolve([read_target_recipe(run.recipe)[0]]).recipe)
-        files = [file for source in settings.data.sources for file in _files_of(source.place)]
-        if settings.data.streaming or not files or sum(file.stat().st_size for file in files) > _MOST_TRAINING_BYTES:
-            return None
-        data = read_data(settings.data, settings.task)
-        if not data_changes(run, data.origin):
-            return evaluation_rows(settings.data, data, "train", task, is_own_data=True)[0]
-    return None
+        own = settings.data
+        places = [*(source.place for source in own.sources), *filter(None, [own.validation_place])]
+        files = [_files_of(place) for place in places]
+        size = sum(file.stat().st_size for found in files for file in found)
+        if own.streaming or not all(files) or size > _MOST_TRAINING_BYTES:
+            return 0
+        data = read_data(own, settings.task)
+        if data_changes(run, data.origin):
+            return 0
+        train = evaluation_rows(own, data, "train", task, is_own_data=True)[0]
+        inputs = {column for role, column in task.columns() if role not in TARGET_ROLES}
+        if inputs & {*rows.table.column_names} <= {*train.table.column_names}:  # columns may have been renamed
+            return num_trained_on(take_subset(train, own.max_train_rows, own.seed), rows, task)
+    return 0
 
 
 def _files_of(place: DataPlace) -> list[Path]:

@@ -7,10 +7,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from mirrortune.data.dataset import DataSet, load_data
+from mirrortune.system.paths import DataPlace
 from tests.cli.console import mirrortune, reviews, write_table
 
 
@@ -105,6 +109,39 @@ def test_training_rows_in_other_data_are_counted(run: Path, desk: Path) -> None:
     (desk / "part.csv").write_text("text,label\nthis one is new,positive\n", encoding="utf-8")
     assert "among the training rows" not in mirrortune("eval", run, "-d", "part.csv").said
     assert "among the training rows" not in mirrortune("eval", run, "--split", "train").said
+
+
+def test_rows_that_the_run_left_out_are_not_counted(desk: Path, tiny_model_dir: Path) -> None:
+    rows = [(f"the film {'a ' * number}", "the plot", ("bad", "good")[number % 2]) for number in range(30)]
+    write_table(desk / "reviews.csv", rows, ("text", "more", "label"))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1, "-o", "run"]
+    words += ["data.text_columns=[text, more]", "data.max_train_rows=5"]
+    assert mirrortune("train", *words).exit_code == 0
+
+    shutil.copy("reviews.csv", "copy.csv")
+    assert re.search(r"\b5 rows are also among the training rows", mirrortune("eval", "run", "-d", "copy.csv").said)
+    write_table(desk / "renamed.csv", rows, ("text", "rest", "label"))  # one column alone says nothing of a pair
+    words = ["eval", "run", "-d", "renamed.csv", "data.text_columns=[text, rest]"]
+    assert "among the training rows" not in mirrortune(*words).said
+
+
+@pytest.mark.parametrize("data", [{"path": ["reviews.csv", "owner/name"]}, {"validation_path": "owner/name"}])
+def test_a_data_set_of_the_hub_is_not_opened_to_count(
+    run: Path, desk: Path, data: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(run, desk / "run"))
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {**recipe["data"], **data}}), encoding="utf-8")
+    shutil.copy("reviews.csv", "copy.csv")
+    opened: list[str] = []
+
+    def load(place: DataPlace, *words: Any, **named: Any) -> DataSet:
+        opened.append(place.kind)
+        return load_data(place, *words, **named)
+
+    monkeypatch.setattr("mirrortune.runs.rows.load_data", load)
+    assert mirrortune("eval", "run", "-d", "copy.csv").exit_code == 0
+    assert opened == ["path"]
 
 
 def test_other_data_is_scored_whole(run: Path, desk: Path) -> None:
