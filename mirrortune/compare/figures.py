@@ -113,16 +113,12 @@ def _curves(task: str, histories: dict[str, list[list[dict[str, Any]]]], metric:
 
 
 def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) -> tuple[list[float], list[float]]:
-    """Return epochs and mean values over ``runs``. Later epochs of some runs only, where patience ended the others, are
-    left out, since the mean would jump to that of the runs that are left.
+    """Return mean epochs and mean values of the first, the second, ... event of all ``runs``. Later events of some runs
+    only, where patience ended the others, are left out, since the mean would jump to that of the runs that are left.
     """
-    by_epoch: dict[float, list[float]] = {}
-    for run in runs:
-        for entry in run:
-            if entry["event"] == event and key in entry:
-                by_epoch.setdefault(entry["epoch"], []).append(entry[key])
-    epochs = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(runs))
-    return epochs, [fmean(by_epoch[e]) for e in epochs]
+    logged = [[(e["epoch"], e[key]) for e in run if e["event"] == event and key in e] for run in runs]
+    means = [tuple(map(fmean, zip(*point, strict=True))) for point in zip(*logged, strict=False)]
+    return [epoch for epoch, _ in means], [value for _, value in means]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

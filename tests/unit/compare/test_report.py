@@ -150,6 +150,20 @@ def test_curves_end_where_patience_has_ended_a_seed(tmp_path: Path) -> None:
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[1.0, 0.25], [2.0, 0.5]]
 
 
+def test_curves_of_seeds_whose_epochs_have_different_lengths_are_averaged(tmp_path: Path) -> None:
+    """The rows that are set aside, and so the number of packed rows, depend on the seed."""
+    from matplotlib.figure import Figure
+
+    results = write_report(comparison(tmp_path, seeds=2), "")
+    seeds = [
+        [{"event": "train", "epoch": step / length, "loss": loss} for step, loss in ((10, 2.0), (20, 1.0))]
+        for length in (40, 80)
+    ]
+    figure = Figure()
+    comparison_drawings(results, {"data": {"mirror": seeds}})[0].draw(figure)
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.1875, 2.0], [0.375, 1.0]]
+
+
 @pytest.mark.parametrize("count", [1, 2, 60])
 def test_smoothed_losses_do_not_lag_behind(tmp_path: Path, count: int) -> None:
     from matplotlib.figure import Figure
