@@ -95,7 +95,12 @@ def build(model_type: str, head: str) -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
 
     def runs(model: nn.Module) -> Inputs:
-        return first_that_runs(inputs_for(model, head), lambda inputs: run(model, inputs))
+        def finite(inputs: dict[str, Tensor]) -> Tensor:
+            if not torch.isfinite(output := run(model, inputs)).any():
+                raise ValueError("its output is not finite")  # the next inputs may do
+            return output
+
+        return first_that_runs(inputs_for(model, head), finite)
 
     auto = getattr(transformers, f"AutoModelFor{HEADS[head]}")
     with torch.no_grad():
