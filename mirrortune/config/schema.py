@@ -320,8 +320,8 @@ class TrainSection(_Section):
     it."""
     class_weights: Literal["balanced"] | dict[str, ClassWeight] | None = None
     """Weight of each class in the training loss, such as {spam: 5}, 1 for classes not listed; balanced gives all
-    classes the same total weight. The mean divides by the number of rows (or words), not by the sum of their weights as
-    torch's CrossEntropyLoss does. Evaluation is unweighted."""
+    classes the same total weight. The weighted sum is divided by the number of rows (or words), not by the sum of their
+    weights as in torch's CrossEntropyLoss. Evaluation is unweighted."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Classification: share of each target that the training loss spreads evenly over all classes."""
     balance: bool = False

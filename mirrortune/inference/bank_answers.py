@@ -145,8 +145,8 @@ class RowAdapters:
                 raise ConfigError(f"adapter '{name}'", "it was saved outside a task", fix="Use it in Python")
             task = task_of_run(recorded["task"], self._settings.task)
             if task.kind != base.task.kind:
-                raise ConfigError(f"adapter '{name}'", f"it is for {task.kind}, and '{self._first}' for "
-                                  f"{base.task.kind}", fix="Predict the rows of each kind of task alone")  # fmt: skip
+                problem = f"it is for {task.kind}, and '{self._first}' for {base.task.kind}"
+                raise ConfigError(f"adapter '{name}'", problem, fix="Predict the rows of each kind of task separately")
             chosen = {key: getattr(base.task, key) for key in ("metric_names", "selection_metric")}
             chosen |= {k: now for k, (trained, now) in self._columns.items() if getattr(task, k) == trained}
             asked = self._settings.data.max_length or recorded.get("max_length")
