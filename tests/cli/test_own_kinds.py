@@ -105,18 +105,8 @@ def test_a_shorter_length_is_among_the_ways_to_fit(
     if kind == "multiple-choice":
         rows = [{"question": f"{text} {i}", "choices": ["a", "the"], "label": 0} for i in range(20)]
     monkeypatch.setenv("MIRRORTUNE_DEVICE_MEMORY", "0.04")
-    flags = [
-        "-m",
-        model,
-        "-t",
-        kind,
-        "-d",
-        write_lines(Path("rows.jsonl"), rows),
-        "--max-length",
-        2000,
-        "--batch-size",
-        1,
-    ]
+    data = write_lines(Path("rows.jsonl"), rows)
+    flags = ["-m", model, "-t", kind, "-d", data, "--max-length", 2000, "--batch-size", 1]
     outcome = mirrortune("prepare", *flags, "--dry-run")
     assert outcome.exit_code == 4
     assert "--max-length" in outcome.stderr
