@@ -419,7 +419,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(desk: Path, tm
         ((compared, "me/x"), 2, f"is a comparison of many runs. Give one of them, such as {cell}."),
         ((desk / "run", "a/b/c"), 2, "name or owner/name"),
         ((desk / "run", "me/../x"), 2, "ID: 'me/../x' is not the id of a repository. Allowed: name or owner/name, of"),
-        ((desk / "run", ""), 2, "ID: '' is not the id of a repository. Allowed: name or owner/name, of letters"),
+        ((desk / "run", "/"), 2, "ID: '/' is not the id of a repository. Allowed: name or owner/name, of letters"),
         ((tmp_path / "damaged", "me/x"), 5, "damaged"),
     ):
         done = mirrortune("push", *words, cache=desk / "cache")

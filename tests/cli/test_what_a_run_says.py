@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.console import mirrortune
-from tests.cli.test_own_chat import talks, write
+from tests.cli.console import mirrortune, write_lines
+from tests.cli.test_own_chat import talks
 from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 
 @pytest.mark.slow
 def test_a_model_without_a_head_is_not_said_to_have_one(desk: Path) -> None:
-    write(desk / "talks.jsonl", talks(12))
+    write_lines(desk / "talks.jsonl", talks(12))
     model = write_tiny_causal(desk / "llama")
     words = ["-m", model, "-t", "causal-lm", "-d", "talks.jsonl", "--max-steps", 2, "--batch-size", 4, "-o", "run"]
 
