@@ -28,8 +28,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,14 @@ class Task:
         recipe: shipped.
         tuned_on: the task whose learning rates it takes; its own name for one that chooses them, None for those of the
             comparisons that are kept.
+        lrs: learning rates that a method tries here in place of the one of ``tuned_on``, where it fails at that one.
         words: settings on every device.
         cpu: settings that make it fit two slow cores, in place of the recipe's epochs.
     """
 
     recipe: str
     tuned_on: str | None = "trec"
+    lrs: Mapping[str, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     cpu: tuple[str, ...] = _SHORT
 
@@ -93,9 +95,16 @@ def _image(recipe: str, *words: str) -> Task:
 TASKS = {
     "trec": Task(recipe="trec"),
     "stsb": Task(recipe="glue/stsb", tuned_on="stsb"),
-    "mrpc": Task(recipe="glue/mrpc", cpu=("train.max_steps=230", "eval.before=false")),
+    "mrpc": Task(
+        recipe="glue/mrpc", lrs={"lora:rank=8": "0.001/0.003"}, cpu=("train.max_steps=230", "eval.before=false")
+    ),
     "sst2": Task(recipe="glue/sst2", words=(*_WHOLE, "data.max_train_rows=6000")),
-    "cola": Task(recipe="glue/cola", words=_WHOLE, cpu=("train.max_steps=800", "eval.before=false")),
+    "cola": Task(
+        recipe="glue/cola",
+        lrs={"lora:rank=8": "0.001/0.003", "mirror-scale": "0.01/0.02"},
+        words=_WHOLE,
+        cpu=("train.max_steps=800", "eval.before=false"),
+    ),
     "rte": Task(recipe="glue/rte", words=_WHOLE, cpu=(*_SHORT, "data.max_length=128")),
     "flowers": _image("vision/flowers102", "train.eval_every_steps=80"),
     "dtd": _image("vision/dtd"),
@@ -150,7 +159,7 @@ def rates(name: str, methods: Sequence[str], folder: Path, earlier: Found) -> di
     own = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task.tuned_on].recipe] if file.is_file() else {}
     both = {**own.get("methods", {}), **earlier.get(task.tuned_on, {}).get("methods", {})}
     chosen = {_plain(label): f"{found['lr']:g}" for label, found in both.items() if found["lr"]}
-    return {method: chosen.get(_with_mirror_pairs(method), "?") for method in methods}
+    return {method: task.lrs.get(method) or chosen.get(_with_mirror_pairs(method), "?") for method in methods}
 
 
 def _with_mirror_pairs(method: str) -> str:
