@@ -71,7 +71,7 @@ class Task:
         recipe: shipped.
         tuned_on: the task whose learning rates it takes; its own name for one that chooses them, None for those of the
             comparisons that are kept.
-        lrs: learning rates that a method tries here in place of the one of ``tuned_on``, where it fails at that one.
+        lrs: learning rates that a method tries here in place of the one of ``tuned_on``, which is too high for it.
         words: settings on every device.
         cpu: settings that make it fit two slow cores, in place of the recipe's epochs.
     """
@@ -101,7 +101,7 @@ TASKS = {
     "sst2": Task(recipe="glue/sst2", words=(*_WHOLE, "data.max_train_rows=6000")),
     "cola": Task(
         recipe="glue/cola",
-        lrs={"lora:rank=8": "0.001/0.003", "mirror-scale": "0.01/0.02"},
+        lrs={"mirror-scale": "0.01/0.02", "svft": "0.01/0.03", "lora:rank=8": "0.001/0.003"},
         words=_WHOLE,
         cpu=("train.max_steps=800", "eval.before=false"),
     ),
