@@ -73,7 +73,7 @@ class OnceEach(TyperCommand):
             return f"Use {flag}"
         advice = advice_on(name)
         if not has_settings:
-            return None if advice and "=" in advice else advice
+            return None if advice and "." in advice else advice  # it names a setting
         of_training = ("train.", "adapter.", "output_dir", "data.max_train_rows")
         has_effect = key is not None and ("--lr" in own or not key.startswith(of_training))
         return _NOT_SETTINGS.get(name) or advice or (f"Write {key}=VALUE" if has_effect else None)

@@ -54,12 +54,12 @@ _OURS: Mapping[str, str] = {
     "train.max_grad_norm": "gradient_clipping",
     "train.precision": "mixed_precision",
     "train.compile": "torch_compile",
-    "train.eval_every_steps": "eval_steps evals_per_epoch",
-    "train.save_every_steps": "save_steps saves_per_epoch",
+    "train.eval_every_steps": "eval_steps",
+    "train.save_every_steps": "save_steps",
     "train.log_every_steps": "logging_steps",
     "train.keep": "save_total_limit",
     "train.patience": "early_stopping_patience",
-    "train.track": "report_to wandb_project",
+    "train.track": "report_to",
     "train.num_workers": "dataloader_num_workers",
     "train.label_smoothing": "label_smoothing_factor",
     "train.neftune_alpha": "neftune_noise_alpha",
@@ -69,10 +69,14 @@ _OURS: Mapping[str, str] = {
 _OURS_BY_NAME = {name: key for key, names in _OURS.items() for name in names.split()}
 
 _BY_STEPS = "Remove it: this is done at the end of every epoch, or at intervals of {}"
+_IN_STEPS = "Use {}, a number of steps"
 _ADVICE = {
     "evaluation_strategy": _BY_STEPS.format("train.eval_every_steps"),
     "eval_strategy": _BY_STEPS.format("train.eval_every_steps"),
     "save_strategy": _BY_STEPS.format("train.save_every_steps"),
+    "evals_per_epoch": _IN_STEPS.format("train.eval_every_steps"),
+    "saves_per_epoch": _IN_STEPS.format("train.save_every_steps"),
+    "wandb_project": "Use train.track=wandb",
     "logging_strategy": "Remove it: train.log_every_steps is the interval",
     "load_best_model_at_end": "Remove it: the adapter of the best checkpoint is always the result",
     "greater_is_better": "Remove it: the direction of each metric is known",

@@ -283,7 +283,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
-    if own_card(run) is None and not (run.path / "README.md").is_symlink():
+    if own_card(run) is None and not (run.path / "README.md").is_symlink():  # a link to a card of a person
         run.write_text("README.md", model_card.signed(card))
     html.write_page(run.path / "report.html", run_page([finished]))
 

@@ -307,7 +307,7 @@ def _remarks_on_steps(loop: LoopSettings, steps: int, steps_per_epoch: int) -> I
     num_evaluations = math.ceil(steps / (loop.eval_every_steps or steps_per_epoch))
     if loop.patience is not None and loop.patience >= num_evaluations - 1:
         few = counted(num_evaluations, "evaluation")
-        yield f"warning: train.patience={loop.patience} cannot end a run of {few} early: lower train.eval_every_steps"
+        yield f"warning: train.patience={loop.patience} cannot end a run of {few} early: evaluate more often"
     if loop.max_steps is not None and steps < loop.max_steps:
         yield f"train.max_steps={loop.max_steps} is not reached: train.epochs={loop.epochs:g} ends after step {steps}"
     if loop.warmup_steps is not None and loop.warmup_steps >= steps:

@@ -50,6 +50,8 @@ def test_a_system_prompt_may_be_empty(desk: Path) -> None:
         ("train --weight-decay 0.1", "--weight-decay: no such option. Write train.weight_decay=VALUE."),
         ("train --bf16 true", "--bf16: no such option. Use train.precision=bf16, or remove it if false."),
         ("train --evaluation-strategy epoch", "or at intervals of train.eval_every_steps"),
+        ("merge run -o merged --evaluation-strategy epoch", "No such option: --evaluation-strategy"),
+        ("train quickstart evals_per_epoch=4", "Use train.eval_every_steps, a number of steps."),
         ("merge run -o merged --base_model x", "--base_model: no such option. Use --model."),
         ("eval run --weight-decay 0.1", "No such option: --weight-decay"),
         ("train quickstart learning_rate=1", "'learning_rate=1': unknown key 'learning_rate'. It is train.lr here."),

@@ -37,12 +37,12 @@ from tests.tiny_runs import SETTINGS
         ),
         (
             {"patience": 1},
-            ["warning: train.patience=1 cannot end a run of 2 evaluations early: lower train.eval_every_steps"],
+            ["warning: train.patience=1 cannot end a run of 2 evaluations early: evaluate more often"],
         ),
         ({"patience": 1, "eval_every_steps": 4}, []),
         (
             {"patience": 2, "eval_every_steps": 5},
-            ["warning: train.patience=2 cannot end a run of 3 evaluations early: lower train.eval_every_steps"],
+            ["warning: train.patience=2 cannot end a run of 3 evaluations early: evaluate more often"],
         ),
     ],
 )
