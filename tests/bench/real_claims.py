@@ -20,9 +20,11 @@ CONTRASTS = (
     ("mirror:unit=angle", "mirror"), ("mirror:unit=angle", "svft"), ("mirror:unit=angle", "lora:rank=1"),
     ("mirror:scale_top_k=all", "mirror"), ("mirror:scale_top_k=all", "scale"), ("mirror:scale_top_k=all", "svft"),
     ("adaptive:scale_top_k=all", "mirror:scale_top_k=all"), ("mirror:scale_top_k=all", "lora:rank=8"),
-    ("mirror-scale", "mirror:scale_top_k=all"), ("mirror-scale", "mirror"), ("mirror-scale", "svft"),
-    ("mirror-scale", "lora:rank=8"), ("svft", "lora:rank=8"), ("lora-sb", "svft"), ("lora-sb", "lora:rank=8"),
-    ("psoft", "lora:rank=1"), ("psoft", "lora:rank=8"), ("mirror-scale", "psoft"),
+    ("adaptive:scale_top_k=all:unit=weight", "mirror-scale"), ("mirror-scale", "mirror:scale_top_k=all"),
+    ("mirror-scale", "mirror"), ("mirror-scale", "scale"), ("mirror-scale", "svft"), ("mirror-scale", "road"),
+    ("mirror-scale", "lora:rank=1"), ("mirror-scale", "lora:rank=8"), ("mirror-scale", "full"),
+    ("svft", "lora:rank=8"), ("lora-sb", "svft"), ("lora-sb", "lora:rank=8"), ("psoft", "lora:rank=1"),
+    ("psoft", "lora:rank=8"), ("mirror-scale", "psoft"),
 )  # fmt: skip
 """Pairs of methods that the claims compare: the first is said to be ahead."""
 
