@@ -40,12 +40,15 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     has_zero = is_set("ACCELERATE_USE_DEEPSPEED")
     if has_zero and is_cpu:
         raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
+    # Frozen buffers are equal on all processes; before each evaluation and save, the Trainer copies trained running
+    # statistics from the main one. Broadcasting them would add a collective operation to every forward pass.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters, broadcast_buffers=False)
     accelerator = Accelerator(
         mixed_precision="no" if has_zero or resolved == "fp32" else resolved,
         # Without it, accelerate treats each of torchrun's processes on a CPU as a separate run.
         cpu=is_cpu,
         deepspeed_plugin=deepspeed.make_plugin(is_bf16=resolved == "bf16") if has_zero else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
+        kwargs_handlers=[ddp],
         # The training loop accumulates; accelerate would read a value from its config file and divide by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )

@@ -16,7 +16,12 @@ from accelerate.utils import parse_flag_from_env
 
 from mirrortune.errors import ConfigError
 from mirrortune.system.devices import is_set
-from mirrortune.system.distributed.processes import ASKED_VARIABLE, describe_processes, read_accelerate_config
+from mirrortune.system.distributed.processes import (
+    ASKED_VARIABLE,
+    describe_processes,
+    make_accelerator,
+    read_accelerate_config,
+)
 
 ONE = SimpleNamespace(num_processes=1, is_fsdp2=False, device=torch.device("cpu"))
 
@@ -120,3 +125,7 @@ def test_switches_of_the_environment_are_read_as_accelerate_reads_them(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", value)
     assert is_set("ACCELERATE_USE_CPU") == parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def test_buffers_are_not_broadcast_in_forward_passes() -> None:
+    assert make_accelerator("fp32").ddp_handler.broadcast_buffers is False
