@@ -246,11 +246,10 @@ def _tested(found: dict[str, Any], seeds: int) -> str:
         return f"No method is tested against `{found['reference']}`, which lacks results of some seeds"
     t_test, tests = "a paired t-test over seeds (Holm, p < 0.05)", found["tests"].get(found["splits"][-1], [])
     if tests and all(test["low"] is None for test in tests):
-        what = "probabilities" if METRICS[found["metric"]].takes_probabilities else "predictions"
         return (
             f"Difference from `{found['reference']}`; a method counts as better or worse if {t_test} is significant. "
             "The test covers the variance between seeds but not between rows, which are not resampled because these "
-            f"runs keep no {what}; {_ON_FEW_SEEDS}"
+            f"runs keep no predictions; {_ON_FEW_SEEDS}"
         )
     return (
         f"Difference from `{found['reference']}` with its 95% bootstrap interval over seeds and rows; a method counts "
@@ -388,16 +387,12 @@ def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any
     for seed in method["seeds"]:
         path = Cell(task, label, method["lr"], seed).folder(comparison.root) / "predictions.safetensors"
         arrays = load_file(path) if path.is_file() else {}
-        if f"{split}.references" not in arrays:
+        kind = "scores" if f"{split}.scores" in arrays else kind
+        if not {f"{split}.references", f"{split}.{kind}"} <= arrays.keys():
             return Sample(values=values)
         references.append(arrays[f"{split}.references"])
-        kind = "scores" if f"{split}.scores" in arrays else kind
-        if f"{split}.{kind}" in arrays:  # runs of earlier versions have no probabilities
-            predictions.append(arrays[f"{split}.{kind}"])
-    return Sample(
-        values=values, predictions=tuple(predictions) if len(predictions) == len(references) else None,
-        references=tuple(references), kind=kind,
-    )  # fmt: skip
+        predictions.append(arrays[f"{split}.{kind}"])
+    return Sample(values=values, predictions=tuple(predictions), references=tuple(references), kind=kind)
 
 
 def _metric_of(metric: Metric, kind: str) -> Callable[[Any, Any], float]:

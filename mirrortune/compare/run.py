@@ -55,8 +55,8 @@ from mirrortune.tasks.metrics import METRICS
 # Settings that do not affect results: where batches are prepared, the permission to run a model's code, and the method
 # of the recipe, since every run has that of its contender.
 _FREE = ("train.num_workers", "model.trust_remote_code", "adapter.method")
-# Exit codes of a resumed run whose checkpoint is damaged or from an older version. After any other failure, such as a
-# lack of memory, the checkpoint can be continued.
+# Exit codes of a resumed run whose checkpoint is damaged. After any other failure, such as a lack of memory, the
+# checkpoint can be continued.
 _UNUSABLE = (ConfigError.exit_code, VerificationError.exit_code)
 
 
@@ -77,7 +77,6 @@ class Comparison:
     reporter: Reporter
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _lrs: dict[Path, tuple[int, Any]] = field(default_factory=dict)
     _signal: int = 0
 
     def contender(self, label: str) -> Contender:
@@ -133,12 +132,11 @@ class Comparison:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Read ``results.json`` of a cell, or return None if the cell has not finished."""
-        return (read_json(cell.folder(self.root) / "results.json") or None) if self._has_lr(cell) else None
+        return read_json(cell.folder(self.root) / "results.json") or None
 
     def has_diverged(self, cell: Cell) -> bool:
         """Return whether the training of a cell diverged."""
-        status = read_status(RunDirectory(cell.folder(self.root))).get("status")
-        return status == "diverged" and self._has_lr(cell)
+        return bool(read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged")
 
     def score(self, cell: Cell) -> Score | None:
         """Return the score of a cell: -inf if it diverged, None if it has not finished."""
@@ -201,25 +199,11 @@ class Comparison:
         silent = {"eval.samples": 0} if self.recipes[cell.task].eval.samples is None else {}
         return {**silent, **who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
 
-    def _has_lr(self, cell: Cell) -> bool:
-        """Return whether the run in the folder of a cell has its learning rate; True if the run has no recipe.
-
-        Older versions named folders by one digit of the rate, so that the folder of 0.01 may hold a run with 0.014.
-        """
-        file = RunDirectory(cell.folder(self.root)).recipe
-        if not file.is_file():
-            return True
-        changed = file.stat().st_mtime_ns
-        if file not in self._lrs or self._lrs[file][0] != changed:
-            section, _, name = self.contender(cell.label).lr_key.partition(".")
-            self._lrs[file] = changed, (read_recipe(str(file)).values.get(section) or {}).get(name)
-        return bool(self._lrs[file][1] == cell.lr)
-
     def _run_cell(self, cell: Cell, slot: int, jobs: int) -> None:
         folder = cell.folder(self.root)
         file = folder.parent / f"{folder.name}.yaml"
         write_text_atomically(file, self.cell_recipe(cell).to_yaml())
-        has_begun = self._has_lr(cell) and any((folder / "checkpoints").glob("step-*/state.json"))
+        has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
         if self.recipes[cell.task].model.trust_remote_code:  # must be a flag, because recipes cannot permit it
             words.append("--trust-remote-code")
@@ -268,16 +252,12 @@ class Comparison:
         path = self.root / "recipes" / f"{slug(task)}.yaml"
         if not path.is_file():
             return
-        before = read_saved_recipe(path)
-        changed = _changed(before.model_dump(), self.recipes[task].model_dump())
+        changed = _changed(read_saved_recipe(path).model_dump(), self.recipes[task].model_dump())
         if changed:
-            # Earlier versions reported the test split by themselves also where it chooses the checkpoint.
-            was, now = before.eval.report_splits, self.recipes[task].eval.report_splits
-            again = f": eval.report_splits=[{','.join(was)}]" if was and was != now else ""
             raise ConfigError(
                 str(self.root),
                 f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
-                fix=f"Choose another folder with -o, or use the same settings{again}",
+                fix="Choose another folder with -o, or use the same settings",
             )
 
     def _check_labels(self, task: str) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,6 @@ def test_every_cell_has_a_folder_of_its_own() -> None:
     rates = (1e-3, 3e-3, 1e-2, 0.011, 0.014, math.nextafter(1e-2, 1))
     cells = [Cell("glue/rte", label, lr, seed) for label in ("a:b=1", "a") for lr in rates for seed in (0, 1)]
     assert len({cell.folder(Path()) for cell in cells}) == len(cells)
-    # Finished comparisons have these names.
     assert [lr_folder(lr) for lr in (1e-5, 0.03, 1.0, 30.0)] == ["lr-1e-05", "lr-3e-02", "lr-1e+00", "lr-3e+01"]
     assert slug("lora:rank=8") == "lora-rank-8"
 
@@ -282,25 +280,6 @@ def test_only_equal_rates_have_the_same_name(one: float, other: float) -> None:
     for name in (lr_folder, shown_lr):
         assert (name(one) == name(other)) == (one == other)
     assert float(lr_folder(one).removeprefix("lr-")) == float(shown_lr(one)) == one
-
-
-def test_a_run_with_another_rate_in_the_folder_of_a_cell_is_not_taken(tmp_path: Path) -> None:
-    made = grid(extensions=0, seeds=1)
-    comparison = Comparison(root=tmp_path, grid=made, recipes={}, reporter=Reporter())
-    cell = Cell("t", "a", 1e-2, 0)
-    cell.folder(tmp_path).mkdir(parents=True)
-    found = {"selection_metric": "accuracy", "metrics": {"accuracy": 0.8, "loss": 0.5}}
-    recipe, status = (cell.folder(tmp_path) / name for name in ("recipe.yaml", "status.json"))
-    (cell.folder(tmp_path) / "results.json").write_text(json.dumps(found))
-    for lr, score in ((0.014, None), (0.01, (0.8, -0.5)), (0.014, None)):
-        recipe.write_text(f"train:\n  lr: {lr}\n")
-        os.utime(recipe, ns=(0, int(1e9 * lr)))
-        assert comparison.score(cell) == score
-    (cell.folder(tmp_path) / "results.json").unlink()
-    status.write_text(json.dumps({"status": "diverged"}))
-    assert comparison.score(cell) is None
-    recipe.write_text("train:\n  lr: 0.01\n")
-    assert comparison.score(cell) == (-math.inf, -math.inf)
 
 
 def test_the_runs_of_a_comparison_answer_no_samples_unless_the_recipe_asks(tmp_path: Path) -> None:

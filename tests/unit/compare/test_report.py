@@ -240,19 +240,6 @@ def test_scores_of_texts_are_tested_over_seeds_and_rows(tmp_path: Path) -> None:
     assert "with its 95% bootstrap interval over seeds and rows" in table
 
 
-def test_probabilities_that_runs_do_not_keep_are_not_resampled(tmp_path: Path) -> None:
-    compared, references = comparison(tmp_path, seeds=3), np.arange(40) % 2
-    for seed in range(3):
-        for label, score in (("mirror", 0.5 + seed / 100), ("none", 0.75 - seed / 100)):
-            arrays = {"test.predictions": references, "test.references": references}
-            finish(compared, label, seed, score, "test", metric="roc_auc", arrays=arrays)
-    found, table = report(compared)
-    (test,) = found["tests"]["test"]
-    assert (test["low"], test["high"], test["verdict"]) == (None, None, "better")
-    assert found["rows"] == {"test": 40}
-    assert "these runs keep no probabilities; `not" in table
-
-
 def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
     compared = comparison(tmp_path, seeds=2)
     for seed in range(2):
