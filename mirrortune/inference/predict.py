@@ -267,14 +267,11 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
 
 
 def _facts_of_rows(fitted: Sequence[tuple[PredictionRows, Task]]) -> dict[str, Any]:
-    """Return facts that identify the rows and the files that they name, and the columns by which they are read.
-
-    Without named files, ``files of rows`` is left out: unfinished predictions of earlier versions lack it.
-    """
-    each = [{"task": task_to_dict(task), "data": rows.data.origin} for rows, task in fitted]
-    files = [named_files(rows.data, task.columns()) for rows, task in fitted]
-    if any(files):
-        each = [{**own, "files of rows": named} for own, named in zip(each, files, strict=True)]
+    """Return facts that identify the rows and the files that they name, and the columns by which they are read."""
+    each = [
+        {"task": task_to_dict(task), "data": rows.data.origin, "files of rows": named_files(rows.data, task.columns())}
+        for rows, task in fitted
+    ]
     if len(each) == 1:
         return each[0]
     names = [f"{number} ({rows.name})" for number, (rows, _) in enumerate(fitted, 1)]

@@ -377,7 +377,7 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
 def _unused_remarks(recipe: Recipe, spec: AdapterSpec) -> tuple[str, ...]:
     """Return remarks on settings that another setting, or the method, leaves without effect.
 
-    They are no errors: runs of earlier versions hold them, and ``compare`` trains methods that do not use them.
+    They are no errors, because ``compare`` trains methods that do not use them.
     """
     data, adapter, train = recipe.data, recipe.adapter, recipe.train
     unused = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import re
 import sys
@@ -40,10 +39,10 @@ from mirrortune.system.devices import peak_resident_bytes, resolve_precision, us
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import Task, labels_of, task_to_dict
+from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.metrics import METRICS
 from mirrortune.training.evaluate import EvalResult, evaluate_split
-from mirrortune.training.settings import FitResult, LoopSettings
+from mirrortune.training.settings import FitResult
 
 _ENVIRONMENT = "environment.json"
 
@@ -125,39 +124,6 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         raise ConfigError.several(differing)
 
 
-def resumed_rate(run: RunDirectory, settings: LoopSettings) -> float:
-    """Return the peak learning rate that a run was started with, which may be a default of an earlier version.
-
-    The log has the rates of the adapter and of the head at the same step, which are in the proportion of their peaks.
-    """
-    for event in run.events():
-        if event["event"] == "train" and event.get("head_lr"):
-            peak = float(event["lr"]) / float(event["head_lr"]) * settings.head_lr
-            return settings.lr if math.isclose(peak, settings.lr, rel_tol=1e-6) else float(f"{peak:.6g}")
-    return settings.lr
-
-
-def check_same_targets(job: Job, run: RunDirectory) -> None:
-    """Check that a resumed run has the targets that its checkpoints were trained for: columns, and classes in order.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    steps, labels = run.saved_steps(), labels_of(job.task)
-    stored = read_adapter(run.checkpoint(steps[-1])).task if steps else None
-    if stored is None:
-        return
-    problem = ""
-    if stored.get("label_column", ...) is None and (columns := job.task.target_columns()):
-        problem = f"without a column of targets; it would learn {', '.join(columns)} now"
-    before = stored.get("labels") if labels else None
-    if before is not None and tuple(before) != labels:
-        problem = f"with the classes {', '.join(before)} in this order, which would be {', '.join(labels)} now"
-    if problem:
-        fix = "Start over with --overwrite"
-        raise ConfigError("--resume", f"an earlier version began the run {problem}", fix=fix)
-
-
 _ANEW = "start over with --overwrite"
 
 
@@ -183,10 +149,6 @@ def check_same_data(
     if (version := known.get("mirrortune")) != __version__:
         reporter.note(f"the run was started with mirrortune {version}, this is {__version__}")
     before, now = dict(_leaves(known["data"])), dict(_leaves(json.loads(json.dumps(job.data_origin))))
-    if not any(key[0] == "media" for key in before):  # not recorded by older versions
-        now = {key: value for key, value in now.items() if key[0] != "media"}
-    if job.settings.data.streaming:  # older versions did not record the split of a streamed hf://owner/name:split
-        now = {key: value for key, value in now.items() if key in before or key[-1] != "split"}
     changes = [_change(key, before, now) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changes:
         fix = f"Restore the data, or {otherwise}"
@@ -231,7 +193,7 @@ def check_same_base(
     known = read_json(run.path / _ENVIRONMENT)
     model = known.get("model")
     model = model if isinstance(model, dict) else {}
-    weights = model.get("weights", digests)  # absent from runs of older versions
+    weights = model.get("weights", digests)  # nothing is compared if the file is missing
     if any(weights.get(name) != digest for name, digest in digests.items()):
         raise ConfigError(
             where, f"the weights of '{model.get('name')}' are not those that the run was started with",

@@ -28,13 +28,11 @@ from mirrortune.runs.results import (
     check_same_base,
     check_same_data,
     check_same_recipe,
-    check_same_targets,
     environment,
     own_card,
     peak_memory_bytes,
     peak_reserved_bytes,
     restore_kept,
-    resumed_rate,
     run_name,
     score_reported,
     write_results,
@@ -183,15 +181,9 @@ def _train(
 
 def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: Any, reporter: Reporter) -> Job:
     """Assemble the job of a run, and check that it can be resumed on this data and launched in this way."""
-    if resumed is not None:
-        lr = sync.from_main(accelerator, lambda: resumed_rate(resumed, settings.loop))
-        if lr != settings.loop.lr:
-            reporter.note(f"train.lr: {lr:g}, the default when the run was started (now {settings.loop.lr:g})")
-            settings = replace(settings, loop=replace(settings.loop, lr=lr))
     job = assemble(settings, reporter)
     if resumed is not None:
         sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
-        sync.from_main(accelerator, lambda: check_same_targets(job, resumed))
     if Sharding.of(accelerator).stage and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed is untested with quantised weights", fix="Use ddp")
     return job

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from mirrortune.tasks.kinds import sentence_similarity
 from tests.cli.console import mirrortune
-from tests.tiny_models import tiny_bert, tiny_tokenizer, write_tiny_vision
+from tests.tiny_models import tiny_bert, tiny_tokenizer
 
 NAMES = ("positive", "negative")  # the reviews' classes, not in alphabetical order
 
@@ -235,52 +232,3 @@ def test_an_adapter_that_is_loaded_in_python_names_the_classes_of_its_head(model
     pipe = transformers.pipeline("text-classification", model=adapted, tokenizer=tokenizer, device="cpu")
     said = rows(desk / "said.csv")
     assert [found["label"] for found in pipe([row["text"] for row in said])] == [row["prediction"] for row in said]
-
-
-def test_a_run_that_was_begun_in_another_order_is_not_continued(model: Path, desk: Path) -> None:
-    words = ["-m", model, "-t", "text-classification", "-d", desk / "data", "--max-steps", 2, "-o", "run"]
-    assert mirrortune("train", *words, "task.labels=[negative, positive]").exit_code == 0
-    recipe = desk / "run" / "recipe.yaml"
-    lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if not re.match(r"  labels:|  - (negative|positive)$", line)]
-    recipe.write_text("".join(kept), encoding="utf-8")  # as an earlier version wrote it
-
-    done = mirrortune("train", *words, "--resume")
-
-    assert done.exit_code == 2
-    assert "with the classes negative, positive in this order, which would be positive, negative now" in done.stderr
-
-
-def test_a_run_that_was_begun_without_scores_is_not_continued_with_them(
-    desk: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = [f"good film {i},bad plot {i},{i % 2}\n" for i in range(30)]
-    (desk / "pairs.csv").write_text("".join(["question1,question2,is_duplicate\n", *lines]), encoding="utf-8")
-    words = ["-m", tiny_model_dir, "-t", "sentence-similarity", "-d", "pairs.csv", "--max-steps", 1, "-o", "run"]
-    with monkeypatch.context() as earlier:
-        earlier.setattr(sentence_similarity, "_SCORES", ())
-        assert mirrortune("train", *words).exit_code == 0
-
-    done = mirrortune("train", *words, "--resume")
-
-    assert done.exit_code == 2
-    assert "began the run without a column of targets; it would learn is_duplicate now" in done.stderr
-    assert mirrortune("eval", "run").exit_code == 0
-
-
-def test_a_resumed_run_keeps_the_default_rate_that_it_was_started_with(desk: Path) -> None:
-    write_tiny_vision(desk / "vision")
-    for name, colour in (("dark", 20), ("light", 220)):
-        (desk / "images" / name).mkdir(parents=True)
-        for number in range(6):
-            Image.new("RGB", (32, 32), (colour + number,) * 3).save(desk / "images" / name / f"{number}.png")
-    words = ["-m", "vision", "-t", "image-classification", "-d", "images", "--max-steps", 2, "-o", "run"]
-    assert mirrortune("train", *words, "--lr", "2e-2", "train.log_every_steps=1").exit_code == 0
-    recipe = desk / "run" / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8")
-    assert text.count("  lr: 0.02\n") == 1
-    recipe.write_text(text.replace("  lr: 0.02\n", ""), encoding="utf-8")  # as an earlier version wrote it
-
-    done = mirrortune("train", *words, "train.log_every_steps=1", "--resume")
-
-    assert "train.lr: 0.02, the default when the run was started (now 0.01)" in done.stderr

@@ -180,8 +180,6 @@ def _as_kept(value: Tensor, like: Tensor) -> Tensor | float | int:
     if not value.ndim and value.dtype in (torch.float64, torch.int64):
         number: float | int = value.item()
         return number
-    if value.is_floating_point() and value.shape == like.shape:
-        value = value.to(like.dtype)  # earlier versions kept moments of 16-bit weights in 16 bits
     return shared_like(value, like)
 
 

@@ -208,7 +208,6 @@ def positions_moved(model: nn.Module) -> dict[str, list[int]]:
 def test_random_positions_of_svft_follow_the_seed_and_are_loaded_with_it(tmp_path: Path) -> None:
     base, ids = tiny_bert(), torch.tensor([[5, 6, 7]])
     found: list[dict[str, list[int]]] = []
-    # An adapter of an earlier version has pattern_seed = 0, whatever its seed.
     for own in ({"seed": 0}, {"seed": 1}, {"seed": 2**32 + 1}, {"seed": 5, "pattern_seed": 0}):
         model = mirrortune.attach(copy.deepcopy(base), method="svft", pattern="random", **own)
         found.append(positions_moved(model))

@@ -139,34 +139,6 @@ def test_other_data_is_refused_and_the_error_says_what_changed(
         check_same_data(Mock(data_origin=DATA | {"media": {"sha256": {"train": "90"}}} | now), run, Mock())
 
 
-def test_files_that_an_older_version_did_not_record_are_no_difference(run: RunDirectory) -> None:
-    run.write_json("environment.json", {"data": DATA})
-
-    check_same_data(Mock(data_origin=DATA | {"media": {"sha256": {"train": "90"}}}), run, Mock())
-
-
-@pytest.mark.parametrize("part", ["", "validation", "sources"])
-def test_the_split_of_a_stream_that_an_older_version_did_not_record_is_no_difference(
-    run: RunDirectory, part: str
-) -> None:
-    def origin(own: dict[str, Any]) -> dict[str, Any]:
-        return {"": own, "validation": {"commit": "a", "validation": own}, "sources": {"sources": [own]}}[part]
-
-    job = Mock(data_origin=origin({"commit": "b", "split": "train"}))
-    job.settings.data.streaming = True
-    run.write_json("environment.json", {"data": origin({"commit": "b"})})
-    check_same_data(job, run, Mock())
-
-    run.write_json("environment.json", {"data": origin({"commit": "b", "split": "test"})})
-    with pytest.raises(ConfigError, match="split was 'test', is 'train'"):
-        check_same_data(job, run, Mock())
-
-    job.settings.data.streaming = False
-    run.write_json("environment.json", {"data": origin({"commit": "b"})})
-    with pytest.raises(ConfigError, match="split was null, is 'train'"):
-        check_same_data(job, run, Mock())
-
-
 def test_the_same_data_in_another_place_and_another_version_of_the_program_are_accepted(run: RunDirectory) -> None:
     run.write_json("environment.json", {"mirrortune": "0.0.1", "data": DATA})
     reporter = Mock()
