@@ -23,7 +23,6 @@ from mirrortune.system.paths import sha256_of
 from mirrortune.system.tensor_files import INDEX, index_of, read_headers
 
 CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
-_WEIGHTS = "*.safetensors"
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Files of tokenizers and processors, which a person adds to the merge of a base that has none.
 _OF_A_TOKENIZER = re.compile(
@@ -32,10 +31,9 @@ _OF_A_TOKENIZER = re.compile(
     r"|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
 )
-# Other files to push from merged folders whose merge.json lists no files.
-_OF_A_MODEL = re.compile(
-    r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
-    r"|generation_config\.json|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
+# Other texts that a merge copies from its base.
+_SETTINGS = re.compile(
+    r"(generation_)?config\.json|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
     r"|\d+_\w+/config\.json"
 )
 _MODULES = "modules.json"  # sentence-transformers' list of classes and subfolders
@@ -136,17 +134,15 @@ def _add_own_card(parcel: Parcel, folder: Path) -> None:
 def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     """Collect the files of a merged model.
 
-    These are the model card, the files in the merge report, or those of known names if it lists none, and the files of
-    a tokenizer or processor, which a person may have added.
+    These are the model card, the files in the merge report, and the files of a tokenizer or processor, which a person
+    may have added.
     """
     parcel = Parcel(staged)
     redaction = parcel.redaction
     known = {
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()
     }
-    listed = report.get("files")
-    names = {str(n) for n in listed} if isinstance(listed, list) else {n for n in known if _OF_A_MODEL.fullmatch(n)}
-    names |= {name for name in known if name == CARD or _OF_A_TOKENIZER.fullmatch(name)}
+    names = {*map(str, report["files"]), *(n for n in known if n == CARD or _OF_A_TOKENIZER.fullmatch(n))}
     parcel.left_out = sorted(known - names - {MARKER})
     texts = {
         RECIPE: redaction.recipe,
@@ -181,9 +177,7 @@ def check_texts(base: Path) -> None:
     roots = [folder.parents[1] if is_cached else folder, Path(os.path.realpath(constants.HF_HUB_CACHE))]
     for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json")):
         name, real = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))
-        is_copied = _OF_A_TOKENIZER.fullmatch(name) or (
-            _OF_A_MODEL.fullmatch(name) and name not in (CARD, RECIPE, REPORT) and ".safetensors" not in name
-        )
+        is_copied = _OF_A_TOKENIZER.fullmatch(name) or _SETTINGS.fullmatch(name)
         if is_copied and not any(real.is_relative_to(root) for root in roots):
             raise VerificationError(
                 str(base / name), f"it is a link out of the model's folder, to {real}, and is not copied",
@@ -207,16 +201,15 @@ def check_files(folder: Path, report: dict[str, Any]) -> list[str]:
         report: report of the merge.
 
     Returns:
-        Notes for the user: other files that were changed, or why the values were not compared.
+        Notes for the user: other files that were changed.
 
     Raises:
         VerificationError: a file of weights is missing, cut off or changed, or the records disagree.
     """
-    listed, digests, marker = report.get("files"), report.get(DIGESTS), read_marker(folder)
-    names = {str(name) for name in listed} if isinstance(listed, list) else {p.name for p in folder.glob(_WEIGHTS)}
+    names, digests, marker = {*map(str, report["files"])}, report[DIGESTS], read_marker(folder)
     for name in names:
         _check_name(folder, name)
-    recorded = names if marker is None or not isinstance(listed, list) else marker.files
+    recorded = names if marker is None else marker.files
     weights_there = {name for name in recorded if name.endswith(".safetensors")}
     if odd := (names - recorded) | (weights_there - names):
         problem = f"{MARKER} and {REPORT} disagree about '{min(odd)}'"
@@ -227,10 +220,6 @@ def check_files(folder: Path, report: dict[str, Any]) -> list[str]:
         read_headers(weights)
     except ConfigError as error:
         raise VerificationError(error.where, error.problem, fix="Merge again") from error
-    if not isinstance(digests, dict):
-        return [
-            "the merge recorded no hashes of its files, so their values are not compared; merge again to record them"
-        ]
     changed = sorted(n for n in names & digests.keys() - {CARD} if sha256_of(regular_file(folder, n)) != digests[n])
     if found := [name for name in changed if ".safetensors" in name]:
         problem = f"it was changed after the merge was verified: its hash is not the one in {REPORT}"
@@ -248,7 +237,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(regular_file(folder, REPORT).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found["verification"], dict):
+        types = {"verification": dict, "files": list, DIGESTS: dict}
+        if isinstance(found, dict) and all(isinstance(found[key], kind) for key, kind in types.items()):
             return found
     except (ValueError, KeyError, RecursionError):
         pass

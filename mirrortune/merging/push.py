@@ -120,8 +120,7 @@ def kept_notes(done: Upload) -> list[str]:
     Another line names files of an adapter of PEFT that stay beside one of mirrortune. They may be an export of it.
     """
     lines = [
-        f"{name} of {done.repository} is kept, as it was written or edited by hand or by an earlier version of "
-        "mirrortune, which did not sign its cards; --replace-card replaces it"
+        f"{name} of {done.repository} is kept, as it was written or edited by hand; --replace-card replaces it"
         for name in done.kept
     ]
     if done.deleted:

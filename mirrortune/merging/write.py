@@ -25,7 +25,7 @@ from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.files.load import check_stored
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, not_as_meant
+from mirrortune.errors import ConfigError, ResourceError, not_as_meant
 from mirrortune.merging import in_memory
 from mirrortune.merging.bases import (
     config_fields,
@@ -36,7 +36,7 @@ from mirrortune.merging.bases import (
     padding_id,
     trained_on,
 )
-from mirrortune.merging.parcel import check_texts, read_report
+from mirrortune.merging.parcel import check_texts
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging.redaction import DIGESTS
 from mirrortune.merging.verify import (
@@ -60,7 +60,7 @@ from mirrortune.models.quantized import is_quantised as has_quantised_weights
 from mirrortune.models.skeleton import outline
 from mirrortune.models.tensors import shard_bytes
 from mirrortune.reports import model_card
-from mirrortune.reports.finished_run import is_there, regular_file
+from mirrortune.reports.finished_run import is_there
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import MERGED, adapter_inputs, model_inputs, output_folder
 from mirrortune.system.paths import sha256_of
@@ -105,7 +105,7 @@ def merge(
     run = run_of(last.folder)
     card = model_card.card_of_run(last, Path(output_dir).name, is_merged=True)
     extra = {"README.md": model_card.signed(card or model_card.merged_card(last.base, last.spec.method, last.task))}
-    if overwrite and (own := _own_card(Path(output_dir))) is not None:
+    if overwrite and (own := model_card.own_card(Path(output_dir))) is not None:
         extra["README.md"] = own
         reporter.note(f"README.md in {output_dir} is kept, as it was written or edited by hand")
     if run is not None and is_there(run.recipe):
@@ -125,16 +125,6 @@ def merge(
         except ResourceError as error:  # the run is on a read-only disk
             reporter.note(f"warning: this merge is not recorded: {error.where} {error.problem}")
     return verdict
-
-
-def _own_card(folder: Path) -> str | None:
-    """Return the card of an earlier merge if a person has written it; None if cards were not signed then."""
-    try:
-        is_signed = DIGESTS in read_report(folder)
-        text = regular_file(folder, "README.md").read_text(encoding="utf-8")
-    except (MirrortuneError, OSError, ValueError):
-        return None
-    return text if is_signed and not model_card.is_generated(text) else None
 
 
 def merge_folder(

@@ -245,7 +245,8 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
-    if own_card(run) is None and not (run.path / "README.md").is_symlink():  # a link to a card of a person
+    # A link may lead to a card of a person.
+    if model_card.own_card(run.path) is None and not (run.path / "README.md").is_symlink():
         run.write_text("README.md", model_card.signed(card))
     html.write_page(run.path / "report.html", run_page([finished]))
 
@@ -259,15 +260,6 @@ def _as_trainer_logs(event: Mapping[str, Any]) -> dict[str, Any]:
     if event["event"] == "evaluate":
         return {**place, **{f"eval_{name}": value for name, value in values.items()}}
     return {**place, **{{"lr": "learning_rate"}.get(name, name): value for name, value in values.items()}}
-
-
-def own_card(run: RunDirectory) -> str | None:
-    """Return the card of a run that is resumed or replaced if a person has written or edited it."""
-    path = run.path / "README.md"
-    if path.is_symlink() or not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return None if model_card.is_generated(text) else text
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:

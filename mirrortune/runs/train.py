@@ -19,6 +19,7 @@ from mirrortune.adapters.peft_bridge.tuners import remarks
 from mirrortune.config.recipe import Resolved, flatten, with_absolute_paths
 from mirrortune.errors import ConfigError, counted
 from mirrortune.models.load import checkpoint_activations
+from mirrortune.reports.model_card import own_card
 from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
 from mirrortune.runs.load import base_identity, by_strategy, load_adapted_base
@@ -29,7 +30,6 @@ from mirrortune.runs.results import (
     check_same_data,
     check_same_recipe,
     environment,
-    own_card,
     peak_memory_bytes,
     peak_reserved_bytes,
     restore_kept,
@@ -86,7 +86,7 @@ def train(
                 check_same_recipe(recipe, run)
 
         def create() -> None:
-            card = own_card(run)
+            card = own_card(run.path)
             run.create(inputs, overwrite=overwrite)
             if card is not None:
                 run.write_text("README.md", card)

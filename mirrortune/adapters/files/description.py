@@ -92,10 +92,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         ) from error
     version, recorded = description.get("format_version"), description.pop("description_sha256", None)
     if type(version) is not int or version != FORMAT_VERSION:
-        raise VerificationError(
-            str(path), f"format version {version!r}", allowed=str(FORMAT_VERSION),
-            fix="Upgrade mirrortune; formats from before version 0.1.0 are not read",
-        )  # fmt: skip
+        problem = f"format version {version!r}"
+        raise VerificationError(str(path), problem, allowed=str(FORMAT_VERSION), fix="Upgrade mirrortune")
     if recorded != _digest(description):
         raise VerificationError(
             str(path),
