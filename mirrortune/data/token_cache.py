@@ -25,7 +25,7 @@ from mirrortune.data.examples import IntArray
 from mirrortune.errors import ConfigError
 from mirrortune.system.atomic import alone_with, write_atomically
 from mirrortune.system.disk import check_disk
-from mirrortune.system.paths import cache_folder, is_safe_entry
+from mirrortune.system.paths import cache_folder, is_safe_entry, json_object_or_none
 from mirrortune.system.tensor_files import PlannedTensor, StoredTensor, read_headers, write_file
 
 # Part of every key: increase it when the same rows and tokenizer would give other tokens.
@@ -78,9 +78,8 @@ class TokenKey:
 
     def why_made(self) -> str:
         """Return why the cache does not hold the tokens: the parts that changed since they were last needed."""
-        try:
-            before = json.loads(self._memory().read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        before = json_object_or_none(self._memory())
+        if before is None:
             return "created for the first time"
         names = [n for n in {**before, **self.parts} if before.get(n) != self.parts.get(n)]
         if not names:

@@ -27,7 +27,7 @@ from mirrortune.data.files.arrow import is_string, python_values, text_array
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
 from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
 from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
-from mirrortune.system.paths import sha256_of
+from mirrortune.system.paths import json_object_or_none, sha256_of
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 PREDICTION = "prediction"
@@ -143,11 +143,8 @@ class Parts:
 
     def state(self) -> dict[str, Any] | None:
         """Return the recorded state of the folder, or None if it is missing or damaged."""
-        try:
-            found = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-            return found if isinstance(found["facts"], dict) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
+        found = json_object_or_none(self.folder / _STATE)
+        return found if found is not None and isinstance(found.get("facts"), dict) else None
 
     @property
     def replaces(self) -> bool:

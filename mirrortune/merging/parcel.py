@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from mirrortune.reports.finished_run import is_there, regular_file
 from mirrortune.system.atomic import MARKER
 from mirrortune.system.hub import ADAPTER_FILES
 from mirrortune.system.outputs import read_marker
-from mirrortune.system.paths import sha256_of
+from mirrortune.system.paths import json_object_or_none, sha256_of
 from mirrortune.system.tensor_files import INDEX, index_of, read_headers
 
 CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
@@ -235,11 +234,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: the report is damaged.
     """
-    try:
-        found = json.loads(regular_file(folder, REPORT).read_text(encoding="utf-8"))
-        types = {"verification": dict, "files": list, DIGESTS: dict}
-        if isinstance(found, dict) and all(isinstance(found[key], kind) for key, kind in types.items()):
-            return found
-    except (ValueError, KeyError, RecursionError):
-        pass
-    raise VerificationError(str(folder / REPORT), "damaged", fix="Merge again")
+    found = json_object_or_none(regular_file(folder, REPORT)) or {}
+    types = {"verification": dict, "files": list, DIGESTS: dict}
+    if not all(isinstance(found.get(key), kind) for key, kind in types.items()):
+        raise VerificationError(str(folder / REPORT), "damaged", fix="Merge again")
+    return found

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from typing import Any
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import announce
 from mirrortune.system.hub import hub_errors, resolve_commit
+from mirrortune.system.paths import json_object_or_none
 
 # Files in which a repository names its classes, and the file that replaces generate().
 _DESCRIPTIONS = (
@@ -95,7 +95,7 @@ def refuse_foreign_files(name: str, files: Iterable[Path | None]) -> None:
 
     for path in filter(None, files):
         roots = [Path(os.path.realpath(place)) for place in (path.parent, constants.HF_HUB_CACHE)]
-        for key, value in _described(path).items():
+        for key, value in (json_object_or_none(path) or {}).items():
             for text in value if key == "init_inputs" and isinstance(value, list) else (value,):
                 is_file = isinstance(text, str) and _NAMES_A_FILE.fullmatch(key) and _is_file(text)
                 if is_file and not any(Path(os.path.realpath(text)).is_relative_to(root) for root in roots):
@@ -131,16 +131,7 @@ def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, l
 
 def _references(path: Path) -> list[str]:
     """Return the references in the ``auto_map`` of a file."""
-    mapped = _described(path).get("auto_map")
+    mapped = (json_object_or_none(path) or {}).get("auto_map")  # transformers rejects a damaged file
     values = mapped.values() if isinstance(mapped, dict) else ()
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [item for item in flat if isinstance(item, str)]
-
-
-def _described(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty for a damaged file, which transformers rejects."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -7,7 +7,6 @@ user.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 from mirrortune.config.recipe import flatten, read_saved_recipe
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.system.console import describe_metrics, kilobytes, significant
+from mirrortune.system.paths import read_json_object
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import describe_status
 
@@ -162,14 +162,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file is damaged.
+        TypeError: it holds something else than an object.
         VerificationError: the path is a symbolic link or not a regular file.
     """
     if not is_there(path):
         return {}
     try:
-        found = json.loads(regular_file(path.parent, path.name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_json_object(regular_file(path.parent, path.name))
+    except ValueError as error:
         raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
-    if not isinstance(found, dict):
-        raise TypeError(f"{path.name} holds {str(found)[:50]}, not an object")
-    return found

@@ -29,7 +29,7 @@ from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, stra
 from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.devices import has_bf16, is_slow, peak_resident_bytes
 from mirrortune.system.disk import mebibytes
-from mirrortune.system.paths import cache_folder
+from mirrortune.system.paths import cache_folder, read_json_object
 from mirrortune.tasks.base import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
@@ -178,7 +178,7 @@ def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
     """Return the cached result for ``key``, or call ``count``, which takes about a second, and cache its result."""
     path = cache_folder() / "footprints" / key[:2] / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # the cache entry is missing or damaged
-        return Footprint(**json.loads(path.read_text(encoding="utf-8")))
+        return Footprint(**read_json_object(path))
     found = count()
     write_text_atomically(path, json.dumps(asdict(found)) + "\n", optional=True)
     return found

@@ -49,8 +49,8 @@ from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
-from mirrortune.system.paths import hub_place
-from mirrortune.system.run_directory import RunDirectory, read_text
+from mirrortune.system.paths import hub_place, read_json_object
+from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import (
     Answers,
     ComparesRows,
@@ -297,8 +297,8 @@ def by_strategy(strategies: Mapping[str, Strategy]) -> dict[str, list[str]]:
 
 def _stored_strategies(run: RunDirectory) -> dict[str, Strategy]:
     """Return the strategies that the run started with; empty if ``environment.json`` is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
-        kept: dict[Strategy, list[str]] = json.loads(read_text(run.path / "environment.json")).get("strategies", {})
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        kept: dict[Strategy, list[str]] = read_json_object(run.path / "environment.json").get("strategies", {})
         return {name: strategy for strategy, names in kept.items() for name in names}
     return {}
 

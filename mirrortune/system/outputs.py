@@ -39,7 +39,7 @@ from mirrortune.system.atomic import (
 )
 from mirrortune.system.claims import claimed, clear_claims, is_claim, place_of_claim
 from mirrortune.system.links import contains, holds_tables, is_same, link_into, real
-from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path
+from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path, read_json_object
 
 _VERSION = 1
 _SHOWN = 5
@@ -152,14 +152,12 @@ _NOTHING = Marker("", frozenset())
 def read_marker(folder: Path) -> Marker | None:
     """Read the marker of a folder, or return None if mirrortune did not write the folder."""
     path = folder / MARKER
-    try:
-        if path.is_symlink() or not path.is_file():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        files = frozenset(str(file) for file in found["files"])
-        return Marker(kind=str(found["kind"]), files=files, is_pending=found.get("pending") is True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        if not path.is_symlink():
+            found = read_json_object(path)
+            files = frozenset(map(str, found["files"]))
+            return Marker(kind=str(found["kind"]), files=files, is_pending=found.get("pending") is True)
+    return None
 
 
 def write_marker(folder: Path, marker: Marker) -> None:

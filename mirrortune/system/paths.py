@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parse the paths, glob patterns and Hub ids that users write, locate the cache and packages' files, and hash files."""
+"""Parse the paths, patterns and Hub ids that users write, locate the cache and packages, and read and hash files."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
 import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mirrortune.errors import ConfigError
 
@@ -287,3 +289,39 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that must be a regular file, because reading a pipe could block forever.
+
+    Raises:
+        OSError: there is no regular file at ``path``.
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Raises:
+        OSError: there is no regular file at ``path``.
+        ValueError: the file is not JSON, or nested too deeply.
+        TypeError: it holds something else than an object.
+    """
+    try:
+        found = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise TypeError(f"{path.name} holds {str(found)[:50]}, not an object")
+    return found
+
+
+def json_object_or_none(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None if the file is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return read_json_object(path)
+    return None

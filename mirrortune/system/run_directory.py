@@ -48,7 +48,7 @@ from mirrortune.system.outputs import (
     settle,
     write_marker,
 )
-from mirrortune.system.paths import sha256_of
+from mirrortune.system.paths import json_object_or_none, read_json_object, read_text, sha256_of
 
 STATE_VERSION = 2
 _TRAINING, _STATE, _SUMS = "training.safetensors", "state.json", "SHA256SUMS"
@@ -353,7 +353,7 @@ class RunDirectory:
         folder = self.checkpoint(global_step)
         try:
             _check_sums(folder)
-            described = json.loads(read_text(folder / _STATE))
+            described = read_json_object(folder / _STATE)
             version = described.pop("format_version")
             kind, internal, gauss = described.pop("python_random")
             if version != STATE_VERSION:
@@ -408,10 +408,8 @@ class RunDirectory:
         check_place(self.path, [i for i in inputs if not (resume and os.path.realpath(i.path) == own)])
 
     def _is_interim(self, step: int) -> bool:
-        try:
-            return bool(json.loads(read_text(self.checkpoint(step) / _STATE))["is_interim"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False  # damaged; reported when it is loaded
+        state = json_object_or_none(self.checkpoint(step) / _STATE)  # damage is reported when it is loaded
+        return state is not None and bool(state.get("is_interim"))
 
 
 def _is_in_checkpoint(below: str) -> bool:
@@ -427,18 +425,6 @@ def run_of(adapter: Path) -> RunDirectory | None:
     folder = adapter.resolve()
     run = RunDirectory(folder.parent)
     return run if folder.name == run.adapter.name and run.is_run else None
-
-
-def read_text(path: Path) -> str:
-    """Read a text file of a run; it must be a regular file, because reading a pipe could block forever.
-
-    Raises:
-        OSError: there is no regular file at ``path``.
-        UnicodeDecodeError: the file is not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return path.read_text(encoding="utf-8")
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

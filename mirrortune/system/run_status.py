@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError, PeerError, device_error
-from mirrortune.system.run_directory import RunDirectory, read_text
+from mirrortune.system.paths import json_object_or_none
+from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.signals import lost_a_process
 
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
@@ -54,10 +54,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """Return the content of ``status.json``, or an empty dict if the file is missing or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads(read_text(run.status))
-        return found if isinstance(found, dict) else {}
-    return {}
+    return json_object_or_none(run.status) or {}
 
 
 def describe_status(run: RunDirectory) -> str:

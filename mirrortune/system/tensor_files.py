@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.errors import ConfigError
+from mirrortune.system.paths import read_json_object
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_CODES = {
@@ -268,9 +269,9 @@ def index_of(path: Path, suffix: str = ".safetensors") -> list[str]:
         ConfigError: the index is damaged, or a file name contains a folder.
     """
     try:
-        names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted({*read_json_object(path)["weight_map"].values()})
         is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(suffix) for n in names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(str(path), f"damaged ({type(error).__name__})", fix="Download or copy it again") from error
     if not names or not is_plain:
         raise ConfigError(str(path), "it names files that are none of a checkpoint", fix="Download or copy it again")

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from mirrortune.errors import DataError, first_line, first_of
-from mirrortune.system.paths import TABLE_SUFFIXES, is_system, local_path, table_suffix
+from mirrortune.system.paths import TABLE_SUFFIXES, is_system, local_path, read_json_object, table_suffix
 
 # Common names of the three splits.
 SPLIT_NAMES = {
@@ -109,12 +108,9 @@ def _is_saved(folder: Path) -> bool:
 def _saved(path: Path) -> dict[str, Any]:
     """Read a file of ``save_to_disk``."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_object(path)
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(str(path), f"it cannot be read ({first_line(error)})", fix="Save the data set again") from error
-    if not isinstance(found, dict):
-        raise DataError(str(path), f"got {type(found).__name__}", allowed="an object", fix="Save the data set again")
-    return found
 
 
 def _saved_files(folder: Path) -> list[Path]:

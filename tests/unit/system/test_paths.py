@@ -18,8 +18,10 @@ from mirrortune.system.paths import (
     cache_folder,
     child_environment,
     hub_place,
+    json_object_or_none,
     looks_like_path,
     package_folder,
+    read_json_object,
     shell_word,
     shipped_folder,
 )
@@ -166,3 +168,17 @@ def test_what_the_user_put_on_the_path_is_still_imported(tmp_path: Path, monkeyp
 def test_suggested_commands_name_folders_that_look_like_options() -> None:
     found = [shell_word(path) for path in ("runs/a", "-r1", "two words", "-a b")]
     assert found == ["runs/a", "./-r1", "'two words'", "'./-a b'"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff", b'{"a":' * 100_000])
+def test_a_damaged_file_holds_no_object(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    assert json_object_or_none(tmp_path / "a.json") is None
+    with pytest.raises((OSError, ValueError, TypeError)):
+        read_json_object(tmp_path / "a.json")
+
+
+def test_no_pipe_is_opened_for_an_object(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    assert json_object_or_none(tmp_path / "a.json") is None
