@@ -26,9 +26,9 @@ from mirrortune.config.recipe import Layer, read_recipe, read_saved_recipe, reso
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError, VerificationError
 from mirrortune.reports.finished_run import read_json
+from mirrortune.runs.adapted_base import load_base
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.load import load_base
 from mirrortune.runs.results import check_same_base, check_same_data
 from mirrortune.runs.rows import read_data
 from mirrortune.system.atomic import discard, write_text_atomically

@@ -23,7 +23,7 @@ from mirrortune.inference.bank import AdapterBank
 from mirrortune.inference.bank_file import ReadAdapter, open_bank
 from mirrortune.inference.block_answers import BlockAnswers
 from mirrortune.runs.checks import EvaluationSettings
-from mirrortune.runs.load import Evaluable, load_base_of, task_of_run
+from mirrortune.runs.target import Evaluable, load_base_of, task_of_run
 from mirrortune.tasks.base import Generates, Task, scores_vocabulary
 from mirrortune.tasks.predicting import Predictions
 from mirrortune.tasks.prompts import PromptExamples

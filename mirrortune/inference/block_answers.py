@@ -19,8 +19,7 @@ from mirrortune.errors import DataError, VerificationError
 from mirrortune.inference.prediction_file import PREDICTION, append_columns, new_names
 from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
-from mirrortune.runs.evaluate import check_ends, check_indices, eval_batch
-from mirrortune.runs.load import Evaluable
+from mirrortune.runs.target import Evaluable, check_ends, check_indices, eval_batch
 from mirrortune.tasks.base import Task, TextTask
 from mirrortune.tasks.predicting import Predictions, PredictOptions
 from mirrortune.tasks.prompts import Around, unchanged

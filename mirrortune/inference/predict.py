@@ -39,8 +39,8 @@ from mirrortune.inference.prediction_rows import (
     rows_of_request,
 )
 from mirrortune.runs.checks import EvaluationSettings
-from mirrortune.runs.evaluate import find_target, load_target, warn_of_changed_data
-from mirrortune.runs.load import Evaluable
+from mirrortune.runs.evaluate import warn_of_changed_data
+from mirrortune.runs.target import Evaluable, find_target, load_target
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Bar, Reporter
 from mirrortune.system.distributed import sync

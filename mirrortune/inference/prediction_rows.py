@@ -19,8 +19,8 @@ from mirrortune.data.files.media import FILE_ROLES, remarks_on
 from mirrortune.data.loose import STDIN, read_loose_files, read_stdin
 from mirrortune.errors import ConfigError, DataError, counted, did_you_mean
 from mirrortune.runs.checks import DataSettings, TaskRequest
-from mirrortune.runs.load import detect_columns
 from mirrortune.runs.rows import evaluation_rows, read_data
+from mirrortune.runs.target import detect_columns
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, with_columns

@@ -22,7 +22,7 @@ from mirrortune.models.load import (
     with_end_token,
 )
 from mirrortune.runs.checks import EvaluationSettings, unpack_for_eval
-from mirrortune.runs.load import load_evaluable
+from mirrortune.runs.target import load_evaluable
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device
 from mirrortune.system.distributed.processes import make_accelerator

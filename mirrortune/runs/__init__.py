@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take a run from its recipe to its results: check, size, fit, train, evaluate."""
 
-__all__ = ["checks", "evaluate", "find_lr", "job", "load", "prepare", "results", "rows", "train"]
+__all__ = ["adapted_base", "checks", "evaluate", "find_lr", "job", "prepare", "results", "rows", "target", "train"]

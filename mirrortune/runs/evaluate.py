@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.config.recipe import read_target_recipe, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import DataSet, Split, take_subset
@@ -22,11 +21,9 @@ from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
-from mirrortune.runs.index_checks import check_end_tokens, check_rows
-from mirrortune.runs.load import Evaluable, load_evaluable
 from mirrortune.runs.results import data_changes
 from mirrortune.runs.rows import describe_trained_on, evaluation_rows, num_trained_on, read_data
-from mirrortune.runs.size import default_eval_batch
+from mirrortune.runs.target import Evaluable, check_indices, eval_batch, find_target, load_target
 from mirrortune.system.atomic import clear_leftovers, write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
@@ -155,50 +152,6 @@ def _evaluate(
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
 
 
-def find_target(target: str, settings: EvaluationSettings, *, force_base: bool, needs_data: bool = True) -> Path | None:
-    """Return the adapter folder of a target, or None for a plain model.
-
-    Raises:
-        ConfigError: a required setting is missing, or ``force_base`` was given for a target without a base.
-    """
-    adapter_folder = adapter_to_score(target)
-    if force_base and adapter_folder is None:
-        raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
-    needed = {"--data": settings.data.place if needs_data else "", "--task": settings.task.kind or adapter_folder}
-    if missing := " and ".join(flag for flag, value in needed.items() if value is None):
-        raise ConfigError(target, f"it is not a run, and {missing} not given", fix=f"Check the path, or give {missing}")
-    return adapter_folder
-
-
-def load_target(
-    target: str,
-    adapter_folder: Path | None,
-    settings: EvaluationSettings,
-    data: DataSet,
-    reporter: Reporter,
-    *,
-    force_base: bool,
-    is_labelled: bool = True,
-) -> Evaluable:
-    """Load a target with its task, and print notes on it.
-
-    Args:
-        target: folder or Hub id.
-        adapter_folder: result of :func:`find_target`.
-        settings: settings of base, task and data.
-        data: data set from which columns and labels are read for a plain model.
-        reporter: prints notes.
-        force_base: accept a base with different weights.
-        is_labelled: the rows have targets, from which the labels of a plain model are read.
-    """
-    remarks: list[str] | None = [] if force_base else None
-    found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks, is_labelled=is_labelled)
-    by_force = (f"by force: {remark}" for remark in remarks or ())
-    for note in (*by_force, *found.notes):
-        reporter.note(note)
-    return found
-
-
 def warn_of_changed_data(
     adapter_folder: Path | None, data: DataSet, chosen: Iterable[Split], reporter: Reporter
 ) -> None:
@@ -258,32 +211,12 @@ def _files_of(place: DataPlace) -> list[Path]:
     return found if all(file.is_file() for file in found) else []
 
 
-def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
-    """Return the batch-size arguments of :func:`evaluate_split` for a model that is not being trained."""
-    if settings.batch_size is not None:
-        return {"batch_size": settings.batch_size}
-    size = getattr(getattr(found.model, "config", None), "vocab_size", None)
-    rows, positions = default_eval_batch(found.task, settings.train_rows, found.max_length, size)
-    return {"batch_size": rows, "max_positions": positions}
-
-
 def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples:
     """Encode the rows and check their indices against the model's embedding tables."""
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     check_indices(found, examples, target, f"the {split} rows")
     return examples
-
-
-def check_indices(found: Evaluable, examples: Examples, target: str, source: str) -> None:
-    """Check the indices of encoded rows against a model's embedding tables; ``source`` names the rows in errors."""
-    where, is_text = f"model '{target}'", found.max_length is not None
-    check_rows(found.model, examples, found.processor, where=where, source=source, is_text=is_text)
-
-
-def check_ends(found: Evaluable, examples: Examples, target: str, source: str) -> None:
-    """Check the end tokens of encoded rows, a part of :func:`check_indices` that is quick enough for every block."""
-    check_end_tokens(found.model, examples, found.processor, where=f"model '{target}'", source=source)
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:

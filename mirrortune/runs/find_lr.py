@@ -14,9 +14,9 @@ from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.reports import html
 from mirrortune.reports.lr_page import sweep_drawing, sweep_lines, sweep_page
+from mirrortune.runs.adapted_base import load_adapted_base
 from mirrortune.runs.checks import RunSettings, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.load import load_adapted_base
 from mirrortune.runs.results import run_name
 from mirrortune.system.console import Reporter
 from mirrortune.system.distributed.processes import make_accelerator, seed_everything

@@ -44,7 +44,6 @@ from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk
 from mirrortune.runs.index_checks import Lengths, check_end_tokens, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, describe_trained_on, num_trained_on, read_data
-from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.runs.size import Plan, attach_empty, make_plan
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision, uses_cuda
@@ -54,6 +53,7 @@ from mirrortune.tasks.classes import output_names, with_outputs
 from mirrortune.tasks.objective import Objective, make_objective
 from mirrortune.training.evaluate import generates
 from mirrortune.training.optim import check_matrices, moments_per_number
+from mirrortune.training.samples import Samples, choose_samples
 
 _SHOWN = 8  # names of outputs in a note
 

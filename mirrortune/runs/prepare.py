@@ -15,9 +15,9 @@ from mirrortune.config.recipe import Resolved
 from mirrortune.data.examples import IGNORE_INDEX, Examples
 from mirrortune.errors import first_of
 from mirrortune.reports.tables import sparkline
+from mirrortune.runs.adapted_base import factorise
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
-from mirrortune.runs.load import factorise
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
 from mirrortune.tasks.base import ComparesRows, Task, labels_of

@@ -31,9 +31,9 @@ from mirrortune.reports.drawing import write_figure
 from mirrortune.reports.finished_run import FinishedRun, read_json, regular_file
 from mirrortune.reports.run_figures import learning_curves
 from mirrortune.reports.run_page import run_page
+from mirrortune.runs.adapted_base import base_identity
 from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.job import Job
-from mirrortune.runs.load import base_identity
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision, uses_cuda
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters

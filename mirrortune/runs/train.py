@@ -20,9 +20,9 @@ from mirrortune.config.recipe import Resolved, flatten, with_absolute_paths
 from mirrortune.errors import ConfigError, counted
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.reports.model_card import own_card
+from mirrortune.runs.adapted_base import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.load import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,

@@ -18,7 +18,7 @@ from mirrortune.adapters.files.description import edited_text
 from mirrortune.adapters.svd import factorize
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.inference.bank import AdapterBank
-from mirrortune.runs import load
+from mirrortune.runs import adapted_base
 from tests.bank_cases import save_trained
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
@@ -69,7 +69,7 @@ def test_a_run_goes_on_with_the_bases_of_its_checkpoint(
     *_, last = sorted((copy / "checkpoints").iterdir())
     shutil.rmtree(last)
     shutil.rmtree(copy / "adapter")
-    monkeypatch.setattr(load, "Calibration", None)  # it would be called
+    monkeypatch.setattr(adapted_base, "Calibration", None)  # it would be called
     resumed = mirrortune(*run.words, "-o", copy, "--resume", "--json", cache=run.cache).data
     assert resumed["metrics"] == run.result["metrics"]
     for file in ("metrics.jsonl", "adapter/adapter.safetensors"):

@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import SMALLEST_WORK, Strategy, candidates, cheapest_strategy, cost
 from mirrortune.adapters.targets import KINDS, find_targets
-from mirrortune.runs.load import by_strategy
+from mirrortune.runs.adapted_base import by_strategy
 from mirrortune.runs.size import strategies_of
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
@@ -103,15 +103,15 @@ def test_a_resumed_run_keeps_its_strategies(tmp_path: Path, monkeypatch: pytest.
     assert list(kept) == ["dense"]
     assert len(kept["dense"]) == 13
     seen: list[Any] = []
-    monkeypatch.setattr("mirrortune.runs.load.adapt_model", spied(seen))
-    monkeypatch.setattr("mirrortune.runs.load.strategies_of", None)  # counting again would fail
+    monkeypatch.setattr("mirrortune.runs.adapted_base.adapt_model", spied(seen))
+    monkeypatch.setattr("mirrortune.runs.adapted_base.strategies_of", None)  # counting again would fail
     again = mirrortune(*words, "--resume")
     assert again.data["metrics"] == first.data["metrics"]
     assert by_strategy(seen[0]) == kept
 
 
 def spied(seen: list[Any]) -> Any:
-    from mirrortune.runs.load import adapt_model
+    from mirrortune.runs.adapted_base import adapt_model
 
     def adapting(*words: Any) -> Any:
         seen.append(words[4])

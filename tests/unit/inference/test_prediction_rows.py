@@ -12,7 +12,7 @@ from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.media import FileCells
 from mirrortune.errors import DataError
 from mirrortune.inference.prediction_rows import PredictionRows, RowRequest, rows_of_request
-from mirrortune.runs.load import detect_columns
+from mirrortune.runs.target import detect_columns
 from mirrortune.system.console import Reporter
 from mirrortune.tasks.base import Task, task_class
 

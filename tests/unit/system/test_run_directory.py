@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mirrortune.config.recipe import read_recipe
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
-from mirrortune.runs.load import _stored_strategies
+from mirrortune.runs.adapted_base import _stored_strategies
 from mirrortune.system import atomic
 from mirrortune.system.atomic import place_of_replaced
 from mirrortune.system.outputs import Marker, restore, strangers

@@ -12,9 +12,9 @@ import pytest
 from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
 from mirrortune.models.load import find_model, load_model
-from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, task_class
+from mirrortune.training.samples import Samples, choose_samples
 from tests.tiny_models import write_tiny_causal, write_tiny_seq2seq
 from tests.tiny_runs import classification, make_accelerator
 
