@@ -4,55 +4,38 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from mirrortune import __version__
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
-from mirrortune.data.files.media import named_files
 from mirrortune.data.loose import STDIN
 from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
 from mirrortune.inference.bank_answers import BankAnswers, BankRequest, RowAdapters, load_row_adapters
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
-from mirrortune.inference.prediction_file import (
-    Parts,
-    TableWriter,
-    check_united,
-    format_of,
-    refuse_replacing,
-    storable,
-)
-from mirrortune.inference.prediction_rows import (
-    PredictionRows,
-    RowRequest,
-    all_fitted,
-    rows_of_data,
-    rows_of_request,
-)
+from mirrortune.inference.prediction_file import TableWriter, check_united, format_of, refuse_replacing, storable
+from mirrortune.inference.prediction_parts import Parts, facts_of_rows, facts_of_target
+from mirrortune.inference.prediction_rows import PredictionRows, RowRequest, all_fitted, rows_of_data, rows_of_request
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.evaluate import warn_of_changed_data
-from mirrortune.runs.target import Evaluable, find_target, load_target
+from mirrortune.runs.target import find_target, load_target
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Bar, Reporter
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
-from mirrortune.system.paths import ModelPlace
-from mirrortune.tasks.base import Task, task_to_dict
+from mirrortune.tasks.base import Task
 from mirrortune.tasks.predicting import PredictOptions
 
 _SMALLEST, _LARGEST = 64, 4096  # rows of a block
 _BLOCKS = 64  # number of blocks, unless blocks would become smaller or larger than that
-_HASHED = 1 << 26  # bytes; larger files are identified by size and modification time instead of content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +145,8 @@ def predict(
             (rows, answers_of(target, replace(found, task=own), settings, options, accelerator, source=rows.name))
             for rows, own in fitted
         ]
-        facts = _facts(target, adapter_folder, found, options) | _facts_of_settings(settings) | _facts_of_bank(bank)
-        return _PredictionLoop(work, reporter, output, parts).run(facts | _facts_of_rows(fitted))
+        facts = facts_of_target(target, adapter_folder, found, options, settings, bank)
+        return _PredictionLoop(work, reporter, output, parts).run(facts | facts_of_rows(fitted))
 
 
 def _adapter_of(
@@ -248,62 +231,6 @@ def _why_unread(schema: pa.Schema, field: pa.Field) -> str:
     except DataError as error:
         return f"{error.where}: {error.problem}"
     return "it cannot be read"
-
-
-def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: PredictOptions) -> dict[str, Any]:
-    """Return facts about the target and the options that must be the same to continue an unfinished output."""
-    place = adapter_folder
-    if place is None and (known := ModelPlace.parse(target)).is_local:
-        place = known.path()
-    config = getattr(found.model, "config", None)
-    files = sorted(file for file in place.iterdir() if file.is_file()) if place is not None and place.is_dir() else []
-    return {
-        "version of mirrortune": __version__,
-        "base": [getattr(config, name, None) for name in ("_name_or_path", "_commit_hash")],
-        "target": {file.name: _fingerprint(file) for file in files if not file.name.startswith(".")},
-        "length": found.max_length,
-        "options": asdict(options),
-    }
-
-
-def _facts_of_rows(fitted: Sequence[tuple[PredictionRows, Task]]) -> dict[str, Any]:
-    """Return facts that identify the rows and the files that they name, and the columns by which they are read."""
-    each = [
-        {"task": task_to_dict(task), "data": rows.data.origin, "files of rows": named_files(rows.data, task.columns())}
-        for rows, task in fitted
-    ]
-    if len(each) == 1:
-        return each[0]
-    names = [f"{number} ({rows.name})" for number, (rows, _) in enumerate(fitted, 1)]
-    return {key: {name: own[key] for name, own in zip(names, each, strict=True)} for key in each[0]}
-
-
-def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    """Return the settings that affect predictions."""
-    model = settings.model
-    return {
-        "encoding": settings.data.encoding, "precision": model.precision, "dtype": model.dtype,
-        "quantisation": model.load_in, "attention": model.attention,
-    }  # fmt: skip
-
-
-def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:
-    """Return facts that identify the adapters of a bank; empty without a bank."""
-    if bank is None:
-        return {}
-    path = bank.path
-    files = [path] if path.is_file() else sorted((*path.rglob("adapter.json"), *path.rglob("adapter.safetensors")))
-    found = {str(file.relative_to(path)): _fingerprint(file) for file in files if file.is_file()}
-    return {"bank": found, "column of adapters": bank.column}
-
-
-def _fingerprint(file: Path) -> list[Any]:
-    """Return the digest of a file or, for a large file, its size and modification time."""
-    known = file.stat()
-    if known.st_size > _HASHED:
-        return [known.st_size, known.st_mtime_ns]
-    with file.open("rb") as content:
-        return [hashlib.file_digest(content, "sha256").hexdigest()]
 
 
 @dataclass(frozen=True, slots=True)

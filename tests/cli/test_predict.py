@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mirrortune.cli.app import app
-from mirrortune.inference.prediction_file import Parts
+from mirrortune.inference.prediction_parts import Parts
 from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_lines, write_table
 from tests.tiny_models import write_tiny_model, write_tiny_vision
 
