@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ from mirrortune.reports.finished_run import read_json
 from mirrortune.runs.adapted_base import load_base
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.results import check_same_base, check_same_data
+from mirrortune.runs.results import brief, changed_settings, check_same_base, check_same_data
 from mirrortune.runs.rows import read_data
 from mirrortune.system.atomic import discard, write_text_atomically
 from mirrortune.system.claims import claimed
@@ -252,8 +251,8 @@ class Comparison:
         path = self.root / "recipes" / f"{slug(task)}.yaml"
         if not path.is_file():
             return
-        changed = _changed(read_saved_recipe(path).model_dump(), self.recipes[task].model_dump())
-        if changed:
+        differing = changed_settings(read_saved_recipe(path), self.recipes[task], _FREE)
+        if changed := [f"{key} was {was}, is {now}" for key, was, now in differing]:
             raise ConfigError(
                 str(self.root),
                 f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
@@ -271,7 +270,7 @@ class Comparison:
                 known = read_recipe(str(file)).values
                 keys = [key for key in who.settings if key != who.lr_key]  # of which each run has its own
                 found = {key: (_setting(known, key), _setting(expected, key)) for key in keys}
-                other = [f"{key} is {_brief(a)}, not {_brief(b)}" for key, (a, b) in found.items() if a != b]
+                other = [f"{key} is {brief(a)}, not {brief(b)}" for key, (a, b) in found.items() if a != b]
                 if other:
                     problem = f"{folder} holds runs of another method than '{who.label}': {'; '.join(other)}"
                     fix = "Choose another folder with -o, or write the method in another way"
@@ -356,27 +355,11 @@ def _refuse_links(root: Path, pattern: str) -> None:
             raise ConfigError(str(root), problem, fix="Put the folder itself there, or choose another with -o")
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Describe all changed settings that affect results, such as ``train.epochs was 1, is 2``."""
-    found = []
-    for key, value in now.items():
-        name, old = where + key, before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found += _changed(old, value, f"{name}.")
-        elif value != old and name not in _FREE:
-            found.append(f"{name} was {old}, is {value}")
-    return found
-
-
 def _setting(values: Any, key: str) -> Any:
     """Return the setting with a dotted key from nested values, or None."""
     for name in key.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values
-
-
-def _brief(value: Any) -> str:
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # there may be thousands of pairs
 
 
 def comparable(recipe: Recipe) -> Recipe:

@@ -110,18 +110,20 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
     regular_file(run.path, run.recipe.name)  # otherwise the page and the card could not be written at the end
-    before, now = flatten(read_saved_recipe(run.recipe)), flatten(recipe)
     differing = [
-        ConfigError(
-            f"--resume: {key}",
-            f"the run was started with {_brief(before.get(key))}, got {_brief(now.get(key))}",
-            fix="Use the same settings",
-        )
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and key not in _FREE
+        ConfigError(f"--resume: {key}", f"the run was started with {was}, got {now}", fix="Use the same settings")
+        for key, was, now in changed_settings(read_saved_recipe(run.recipe), recipe, _FREE)
     ]
     if differing:
         raise ConfigError.several(differing)
+
+
+def changed_settings(before: Recipe, now: Recipe, free: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the settings in which two recipes differ, except those in ``free``, each with both values as text."""
+    old, new = flatten(before), flatten(now)
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key) and key not in free:
+            yield key, brief(old.get(key)), brief(new.get(key))
 
 
 _ANEW = "start over with --overwrite"
@@ -213,13 +215,14 @@ def _leaves(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _change(key: tuple[str, ...], before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]) -> str:
     if not any("sha256" in part for part in key):
-        return f"{'.'.join(key)} was {_brief(before.get(key))}, is {_brief(now.get(key))}"
+        return f"{'.'.join(key)} was {brief(before.get(key))}, is {brief(now.get(key))}"
     number, key_of_file = (f"data set {int(key[1]) + 1}: ", key[2:]) if key[0] == "sources" else ("", key)
     name = number + (".".join(part for part in key_of_file if "sha256" not in part) or "a file")
     return f"{name} {'is new' if key not in before else 'is gone' if key not in now else 'has changed'}"
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """Format a setting for a message."""
     text = "null" if value is None else repr(value)  # as in the recipe
     return textwrap.shorten(text, 200, placeholder=" ...")  # there may be thousands of pairs
 
