@@ -76,6 +76,14 @@ class Split:
             self.known[key] = read(self)
         return self.known[key]
 
+    def changed(self, change: Callable[[pa.Table], pa.Table]) -> Split:
+        """Return the rows with ``change`` applied to their table and to those that a stream will yield."""
+        stream = self.stream
+        if stream is not None:
+            flatten = stream.flatten
+            stream = replace(stream, flatten=lambda table: change(flatten(table)))
+        return replace(self, table=change(self.table), stream=stream)
+
     def with_columns(self, columns: Iterable[str]) -> Split:
         """Return the split with a column of nulls added for each missing one of ``columns``."""
         table = self.table

@@ -88,16 +88,8 @@ def read_data(settings: DataSettings, request: TaskRequest) -> DataSet:
     missing = None if settings.missing_label is None else as_name(settings.missing_label)
     if missing is None or settings.label_column is None:
         return found
-    column = settings.label_column
-
-    def cleared(split: Split) -> Split:
-        stream = split.stream
-        if stream is not None:
-            flatten = stream.flatten
-            stream = replace(stream, flatten=lambda table: without_labels(flatten(table), column, missing))
-        return replace(split, table=without_labels(split.table, column, missing), stream=stream)
-
-    return replace(found, splits={name: cleared(split) for name, split in found.splits.items()})
+    cleared = partial(without_labels, column=settings.label_column, missing=missing)
+    return replace(found, splits={name: split.changed(cleared) for name, split in found.splits.items()})
 
 
 def _read(settings: DataSettings, request: TaskRequest) -> DataSet:
@@ -228,13 +220,7 @@ def _adjusted(change: Adjustment, task: Task, split: Split) -> Split:
             refuse_outside(split, column, role)
             change = replace(change, folder=split.folder)
     remarks = tuple(remarks_on(DataSet(splits={"": split}), columns))
-    stream = split.stream
-    if stream is not None:
-        flatten = stream.flatten
-        stream = replace(stream, flatten=lambda table: change.table(flatten(table)))
-    return replace(
-        split, table=change.table(split.table), stream=stream, folder=root_folder(split), remarks=remarks
-    )  # fmt: skip
+    return replace(split.changed(change.table), folder=root_folder(split), remarks=remarks)
 
 
 def _read_place(settings: DataSettings) -> DataSet:
