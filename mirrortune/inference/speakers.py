@@ -14,7 +14,6 @@ from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.inference.chat import Form, Speaker
 from mirrortune.models.load import (
     describe_widening,
-    find_model,
     load_model,
     load_tokenizer,
     pad_token_id,
@@ -22,12 +21,11 @@ from mirrortune.models.load import (
     with_end_token,
 )
 from mirrortune.runs.checks import EvaluationSettings, unpack_for_eval
-from mirrortune.runs.target import load_evaluable
+from mirrortune.runs.target import find_named, load_evaluable
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.distributed.sharding import Sharding
-from mirrortune.system.paths import hub_place
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.tasks.chat import has_template
 
@@ -98,10 +96,8 @@ def _wanted(format: str | None, *, has_template: bool) -> str:
 
 def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: Reporter) -> Speaker:
     """Load a merged folder or a plain model."""
-    place, request = hub_place(target), settings.model
-    source = find_model(
-        place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
-    )
+    request = settings.model
+    source = find_named(target, request)
     if recipe.task.kind not in (None, _KIND):
         raise _no_language_model(target, recipe.task.kind)
     if any(name.endswith("ForMaskedLM") for name in getattr(source.config, "architectures", None) or ()):

@@ -22,7 +22,7 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.merging.bases import as_computed_here, load_adapted, load_unadapted
 from mirrortune.models.load import ModelSource, describe_widening, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.runs.adapted_base import trimmed
-from mirrortune.runs.checks import EvalSettings, EvaluationSettings, TaskRequest
+from mirrortune.runs.checks import EvalSettings, EvaluationSettings, ModelRequest, TaskRequest
 from mirrortune.runs.index_checks import check_end_tokens, check_rows
 from mirrortune.runs.rows import any_split
 from mirrortune.runs.size import default_eval_batch
@@ -120,11 +120,8 @@ def load_evaluable(
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, settings, remarks, to_predict=not is_labelled)
-    place = hub_place(target)
     request = settings.model
-    source = find_model(
-        place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
-    )
+    source = find_named(target, request)
     make_task = _plain_task if is_labelled else _unlabelled_task
     made, notes = make_task(settings, data, source.config)
     task, _ = made.for_model(source)
@@ -178,6 +175,15 @@ def _of_adapter(
     return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, notes=notes)
 
 
+def find_named(target: str, request: ModelRequest, load_in: str | None = None) -> ModelSource:
+    """Find a plain model by its folder or Hub id, in which a revision precedes that of the settings."""
+    place = hub_place(target)
+    return find_model(
+        place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code,
+        load_in=load_in,
+    )  # fmt: skip
+
+
 def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings) -> Evaluable:
     """Load the model ``target`` as the base of an adapter, without attaching it, with the adapter's task.
 
@@ -191,11 +197,8 @@ def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings
     """
     if adapter.task is None:
         raise ConfigError(str(adapter.folder), "the adapter was saved outside a task", fix="Use it in Python")
-    task, place = task_of_run(adapter.task, settings.task), hub_place(target)
-    source = find_model(
-        place.repository, revision=place.revision or settings.model.revision,
-        trust_remote_code=settings.model.trust_remote_code, load_in=adapter.base.get("load_in"),
-    )  # fmt: skip
+    task = task_of_run(adapter.task, settings.task)
+    source = find_named(target, settings.model, adapter.base.get("load_in"))
     return _of_adapter(adapter, source, task, settings, load_unadapted)
 
 
