@@ -123,9 +123,10 @@ def attach(
     with changes(model, begun):
         freeze(model, targets)
         listed = _listed_modules(model)
+        compute = factor_source or (lambda name, weight, rank: factorize(weight, rank, name=name))
         for name, target in targets.layers.items():
             matrix = target.read(model)
-            factors = (factor_source or _compute)(name, matrix, target.rank)
+            factors = compute(name, matrix, target.rank)
             S = factors.S.float().to(matrix.device)  # factors may be on the CPU: from a cache, or for an Apple GPU
             core = build_core(spec, S, name, target.shape, (pairs or {}).get(name))
             if on_layer:
@@ -343,10 +344,6 @@ def head_parameters(model: nn.Module) -> int:
     """Return the number of parameters in the task head of an adapted model."""
     head = attachment(model).targets.head
     return sum(p.numel() for n, p in model.named_parameters() if n in set(head))
-
-
-def _compute(name: str, weight: Tensor, rank: int) -> Factors:
-    return factorize(weight, rank, name=name)
 
 
 def _listed_modules(model: nn.Module) -> set[int]:

@@ -39,7 +39,7 @@ def rows_in_both(
     left = list(chosen or (np.arange(split.table.num_rows) for split in splits))
     if files:
         cells = [tuple(FileCells.of(split, column, role="file", readable="") for column in files) for split in splits]
-        stages: tuple[Callable[[FileCells, int], object], ...] = (_size, _begin, _digest)
+        stages: tuple[Callable[[FileCells, int], object], ...] = (FileCells.size, _begin, _digest)
         for stage in stages:
             keys = [{row: tuple(stage(c, row) for c in own) for row in rows.tolist()}
                     for own, rows in zip(cells, left, strict=True)]  # fmt: skip
@@ -72,10 +72,6 @@ def _row_hashes(split: Split, columns: Sequence[str]) -> npt.NDArray[np.uint64]:
     for column in columns:
         found = found * _FACTOR + split.known[column].view(np.uint64)
     return found
-
-
-def _size(cells: FileCells, row: int) -> int | None:
-    return cells.size(row)
 
 
 def _begin(cells: FileCells, row: int) -> bytes:

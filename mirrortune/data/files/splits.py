@@ -100,11 +100,6 @@ def _refuse_doubled(folder: Path, split: str, paths: list[Path]) -> None:
             )  # fmt: skip
 
 
-def _is_saved(folder: Path) -> bool:
-    """Return whether ``save_to_disk`` of the datasets library wrote the folder."""
-    return (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file()
-
-
 def _saved(path: Path) -> dict[str, Any]:
     """Read a file of ``save_to_disk``."""
     try:
@@ -137,7 +132,7 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
     Raises:
         DataError: if none of the files of a split can be read.
     """
-    if _is_saved(folder):
+    if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file():  # of datasets' save_to_disk
         return ()
     read, lost, beside = files_by_split(folder), [], []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not is_system(p.name)):
