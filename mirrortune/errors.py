@@ -181,6 +181,11 @@ def first_line(error: BaseException | str, most: int = 300) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")[:most] or type(error).__name__
 
 
+def cut_after(text: str, most: int) -> str:
+    """Return a text, cut after ``most`` characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: ``1 row``, ``2,000 rows``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -21,7 +21,7 @@ from mirrortune.config import strict_yaml
 from mirrortune.config.data_paths import absolute_paths, anchored_model, anchored_paths, bare_names, walks_far
 from mirrortune.config.foreign_names import advice_on, key_of
 from mirrortune.config.schema import Recipe, SourceSection
-from mirrortune.errors import PREFERENCES, ConfigError, did_you_mean, no_preferences, unknown_name
+from mirrortune.errors import PREFERENCES, ConfigError, cut_after, did_you_mean, no_preferences, unknown_name
 from mirrortune.system.paths import local_path, shipped_folder
 
 
@@ -375,7 +375,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     if path[:2] in _FORMS:  # a union: pydantic's errors about each member are no help
         return _explain_form(path[:2], problem["loc"], layer, merged[path[0]][path[1]])
     where = layer.place(path) if layer else ".".join(path)
-    got = _shortened(problem.get("input"))
+    got = shown_value(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         name, names = path[-1], list(_section_fields(path[:-1]))
         if len(path) < 3 and (fix := advice_on(name) or ((key := key_of(name)) and f"It is {key} here")):
@@ -400,12 +400,12 @@ def _explain_form(path: tuple[str, ...], loc: tuple[Any, ...], layer: Layer | No
     if unknown := [key for key in value if key not in known] if isinstance(value, dict) and item is not None else []:
         problem = f"unknown key '{unknown[0]}'.{did_you_mean(unknown[0], known)}"
         return ConfigError(where, problem, allowed=", ".join(known))
-    return ConfigError(where, f"got {_shortened(value)}", allowed=_FORMS[path[:2]])
+    return ConfigError(where, f"got {shown_value(value)}", allowed=_FORMS[path[:2]])
 
 
-def _shortened(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def shown_value(value: Any) -> str:
+    """Format a setting for a message; there may be thousands of pairs."""
+    return cut_after("null" if value is None else repr(value), _SHOWN)
 
 
 def _valid_part(merged: dict[str, Any]) -> Recipe:

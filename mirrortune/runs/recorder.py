@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.data.examples import Examples
+from mirrortune.errors import cut_after
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
 from mirrortune.system.devices import memory_bytes, to_float64
@@ -233,8 +234,4 @@ def _text(job: Job, row: int) -> str:
     if ids is None:
         return ""
     tokenizer = getattr(job.processor, "tokenizer", job.processor)
-    return _shortened(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+    return cut_after(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)), _LONGEST_TEXT)

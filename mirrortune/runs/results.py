@@ -8,7 +8,6 @@ import json
 import platform
 import re
 import sys
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -23,7 +22,7 @@ from torch import nn
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.config.data_paths import short_name
-from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe
+from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, shown_value
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, MirrortuneError, VerificationError, counted
 from mirrortune.reports import html, model_card
@@ -123,7 +122,7 @@ def changed_settings(before: Recipe, now: Recipe, free: Collection[str]) -> Iter
     old, new = flatten(before), flatten(now)
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key) and key not in free:
-            yield key, brief(old.get(key)), brief(new.get(key))
+            yield key, shown_value(old.get(key)), shown_value(new.get(key))
 
 
 _ANEW = "start over with --overwrite"
@@ -215,16 +214,10 @@ def _leaves(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _change(key: tuple[str, ...], before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]) -> str:
     if not any("sha256" in part for part in key):
-        return f"{'.'.join(key)} was {brief(before.get(key))}, is {brief(now.get(key))}"
+        return f"{'.'.join(key)} was {shown_value(before.get(key))}, is {shown_value(now.get(key))}"
     number, key_of_file = (f"data set {int(key[1]) + 1}: ", key[2:]) if key[0] == "sources" else ("", key)
     name = number + (".".join(part for part in key_of_file if "sha256" not in part) or "a file")
     return f"{name} {'is new' if key not in before else 'is gone' if key not in now else 'has changed'}"
-
-
-def brief(value: Any) -> str:
-    """Format a setting for a message."""
-    text = "null" if value is None else repr(value)  # as in the recipe
-    return textwrap.shorten(text, 200, placeholder=" ...")  # there may be thousands of pairs
 
 
 def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult) -> None:

@@ -15,7 +15,7 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Examples
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, cut_after
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Generates, Task, WritesText, generated_tokens
 from mirrortune.tasks.predicting import PredictOptions
@@ -62,7 +62,7 @@ class Samples:
         answers, finished = found["prediction"], found["finished"]
         entries = [entry for entry in run.sampled() if entry["step"] < step]
         for row, *texts, is_finished in zip(self.rows, self.prompts, self.expected, answers, finished, strict=True):
-            prompt, expected, answer = map(_shortened, texts)
+            prompt, expected, answer = (cut_after(text, _LONGEST_TEXT) for text in texts)
             entries.append({"step": step, "row": row, "prompt": prompt, "expected": expected, "answer": answer,
                             "finished": is_finished})  # fmt: skip
         run.write_lines(run.samples.name, entries)
@@ -128,7 +128,3 @@ def _encoded(task: Task, split: Split, processor: Any, reading: Reading, options
             return task.encode_to_predict(task.asked(split)[0], processor, reading, options)
         except DataError:
             return None
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
