@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -29,16 +30,10 @@ def only_object(lines: Iterable[str], blocks: Iterable[str]) -> dict[str, Any] |
         blocks: text of the file, which is read if the object has several lines.
     """
     begin = list(itertools.islice((line for line in lines if line.strip()), 2))
-    try:
-        found = json.loads(begin[0]) if begin else None
-        return found if isinstance(found, dict) and len(begin) == 1 else None
-    except (ValueError, RecursionError):
-        pass
-    try:
-        found = json.loads("".join(itertools.islice(blocks, _MOST_BLOCKS)))
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+    found, is_one = _parsed(begin[0]) if begin else None, len(begin) == 1
+    if found is None:
+        found, is_one = _parsed("".join(itertools.islice(blocks, _MOST_BLOCKS))), True
+    return found if isinstance(found, dict) and is_one else None
 
 
 def rows_of_columns(path: Path, held: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -70,10 +65,7 @@ def rows_of_columns(path: Path, held: dict[str, Any]) -> list[dict[str, Any]] | 
 
 def is_json_object(line: str) -> bool:
     """Return whether a line is a JSON object that is not empty."""
-    try:
-        return line.lstrip().startswith("{") and bool(json.loads(line))
-    except (ValueError, RecursionError):
-        return False
+    return line.lstrip().startswith("{") and bool(_parsed(line))
 
 
 def refuse_frame(path: Path, row: Any) -> None:
@@ -110,12 +102,16 @@ def refuse_wrapped_rows(path: Path, row: Any) -> None:
 
 def refuse_indented_rows(path: Path, blocks: Iterable[str]) -> None:
     """Raise a DataError for a text in ``blocks`` that is an object of one of these layouts in several lines."""
-    try:
-        row = json.loads("".join(itertools.islice(blocks, _MOST_BLOCKS)))
-    except (ValueError, RecursionError):
-        return
+    row = _parsed("".join(itertools.islice(blocks, _MOST_BLOCKS)))
     refuse_frame(path, row)
     refuse_wrapped_rows(path, row)
+
+
+def _parsed(text: str) -> Any:
+    """Return the content of a JSON text, or None if it is not valid."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
 def _are_rows(value: Any) -> bool:
