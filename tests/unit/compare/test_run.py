@@ -17,7 +17,7 @@ from mirrortune.compare.grid import Cell, make_grid
 from mirrortune.compare.run import Comparison, _device, default_jobs, with_test_split
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import DataError, DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.errors import ConfigError, DataError, DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.runs.checks import unpack
 from mirrortune.system.console import Reporter
 from mirrortune.system.run_directory import LoopState, RunDirectory
@@ -182,3 +182,10 @@ def test_runs_share_the_gpus_only_where_they_use_them(monkeypatch: pytest.Monkey
     assert default_jobs() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert _device(2, 4) == {"OMP_NUM_THREADS": "2"}
+
+
+def test_an_option_that_is_removed_is_another_setting(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "data.yaml").write_text("adapter:\n  options: {scale_top_k: 4}\n")
+    with pytest.raises(ConfigError, match=r"adapter\.options was \{'scale_top_k': 4\}, is \{\}"):
+        comparison(tmp_path)._check_recipe("data")
