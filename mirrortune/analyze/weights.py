@@ -128,14 +128,9 @@ class AdaptedWeights(Weights):
             own_base, fix = str(adapter.base.get("name")), "Give the adapter's own base model"
             raise ConfigError(base.label, problem, allowed=own_base, fix=fix)
         return cls(
-            label=label,
-            shapes=base.shapes,
-            source=base.source,
-            base=base,
-            adapter=adapter,
-            factors=factors,
+            label=label, shapes=base.shapes, source=base.source, base=base, adapter=adapter, factors=factors,
             names=names,
-        )
+        )  # fmt: skip
 
     @override
     def read(self, name: str, part: int | None = None) -> Tensor:

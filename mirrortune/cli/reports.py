@@ -115,7 +115,6 @@ def train_lines(result: Any) -> list[str]:
     """Return the lines that ``train`` prints about a finished run."""
     run = result.run_dir
     merged = f"{run.rstrip('/')}-merged"
-    head = f", plus {result.head_parameters:,} in the task head" if result.head_parameters else ""
     speed = f"{significant(result.samples_per_second)} rows/s"
     if result.tokens_per_second is not None:
         speed += f", {significant(result.tokens_per_second)} tokens/s"
@@ -128,7 +127,7 @@ def train_lines(result: Any) -> list[str]:
         f"validation: {describe_metrics(result.metrics)}",
         *([f"before training: {describe_metrics(result.metrics_before)}"] if result.metrics_before else []),
         f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
-        f"{result.trainable_parameters:,} trainable parameters ({kilobytes(4 * result.trainable_parameters)}){head}",
+        f"{result.trainable_parameters:,} trainable parameters ({kilobytes(4 * result.trainable_parameters)}){besides_head(result)}",
         f"trained in {significant(result.train_seconds)} s at {speed}; {memory}",
         "",
         f"score it:  mirrortune eval {shell_word(run)}",

@@ -239,9 +239,8 @@ class BankAnswers(BlockAnswers):
         on_batch: Callable[[int], None],
     ) -> Predictions:  # fmt: skip
         """Predict the rows ``numbers`` of a block, whose adapters read rows in the same way."""
-        keep = np.zeros(len(names), dtype=bool)
-        keep[numbers] = True
-        own, options, task = rows.take(keep), replace(self.options, first_row=first), reader.task
+        own = rows.take(np.isin(np.arange(len(names)), numbers))
+        options, task = replace(self.options, first_row=first), reader.task
         options.check(task.kind, task.prediction_options())
         reading = Reading(max_length=reader.max_length, allow_missing=True)
         examples = task.encode_to_predict(own, self.found.processor, reading, options)

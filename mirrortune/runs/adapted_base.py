@@ -173,14 +173,7 @@ def _layers(job: Job, loaded: Base) -> list[Layer]:
 
 
 def choose_pairs(
-    job: Job,
-    loaded: Base,
-    cache: FactorCache,
-    run: RunDirectory,
-    accelerator: Any,
-    reporter: Reporter,
-    *,
-    resume: bool,
+    job: Job, loaded: Base, cache: FactorCache, run: RunDirectory, accelerator: Any, reporter: Reporter, *, resume: bool
 ) -> dict[str, Tensor] | None:
     """Return the pairs of each layer, equal on all ranks: stored ones of a resumed run, or measured ones.
 

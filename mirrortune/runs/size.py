@@ -183,18 +183,17 @@ def default_eval_batch(
     return rows, min(bounds, default=None)
 
 
-def make_plan(model: nn.Module, spec: AdapterSpec, new_parameters: tuple[str, ...] = ()) -> Plan:
+def make_plan(model: nn.Module, spec: AdapterSpec) -> Plan:
     """Make the plan of a run.
 
     Args:
         model: model on the meta device or loaded; not changed.
         spec: validated adapter.
-        new_parameters: names of parameters that the checkpoint lacks, if known.
 
     Raises:
         ConfigError: there is no layer to adapt, or the rank does not fit.
     """
-    targets = find_targets(model, spec, new_parameters)
+    targets = find_targets(model, spec)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     head = sum(sizes[n] for n in targets.head)
     whole = sum(sizes[n] for n in targets.plain if n in sizes)

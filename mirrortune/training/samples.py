@@ -115,9 +115,7 @@ def _longest_answer(task: Task, max_length: int) -> int:
 
 
 def _row(split: Split, rows: list[int]) -> Split:
-    keep = np.zeros(split.table.num_rows, dtype=bool)
-    keep[rows] = True
-    return split.take(keep)
+    return split.take(np.isin(np.arange(split.table.num_rows), rows))
 
 
 def _encoded(task: Task, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples | None:
