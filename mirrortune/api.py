@@ -447,12 +447,25 @@ def _remember(model: nn.Module, book: FingerprintBook) -> None:
     vars(model)[_LOADED_IN] = str(getattr(model, "dtype", "torch.float32")).removeprefix("torch.")
     vars(model)[_TRAINED] = frozenset(_requiring_gradients(model))
     vars(model)[_SAMPLES] = sampled_weights(model)
-    if attachment(model).layers and callable(getattr(model, "save_pretrained", None)):
-        vars(model)["save_pretrained"] = _SavePretrained(model)
+    if attachment(model).layers and (saving := _own_saving(model)):
+        vars(model)[saving] = _OwnSaving(model)
 
 
-class _SavePretrained:
-    """The ``save_pretrained`` of an adapted model, which warns: ``from_pretrained`` ignores the adapter's tensors.
+# Methods by which models save themselves, and how the adapter is used instead. A SentenceTransformer calls the first
+# in the second.
+_SAVING = {
+    "save": "load it with mirrortune.load_adapter; mirrortune.merge_adapter takes only adapters that were attached to "
+    "the transformers model inside",
+    "save_pretrained": "merge it into plain weights with mirrortune.merge_adapter",
+}
+
+
+def _own_saving(model: nn.Module) -> str | None:
+    return next((name for name in _SAVING if callable(getattr(type(model), name, None))), None)
+
+
+class _OwnSaving:
+    """The ``save_pretrained`` or ``save`` of an adapted model, which warns: loading ignores the adapter's tensors.
 
     An error would lose a training whose plain Trainer saves at its end; the file does hold everything.
     """
@@ -467,16 +480,15 @@ class _SavePretrained:
         self._model = weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        name = _own_saving(model) or ""
         warnings.warn(
-            "save_pretrained writes the tensors of the adapted layers, which from_pretrained does not read: it would "
-            "initialise these layers at random. Save with mirrortune.save_adapter(model, folder), and merge the saved "
-            "adapter into plain weights with mirrortune.merge_adapter; a Trainer saves adapters if its class is "
-            "mirrortune.adapter_trainer(Trainer)",
+            f"{name} writes the tensors of the adapted layers, which are not read when the model is loaded: these "
+            "layers would be initialised at random. Save the adapter with mirrortune.save_adapter(model, folder), and "
+            f"{_SAVING[name]}; a Trainer saves adapters if its class is mirrortune.adapter_trainer(Trainer)",
             stacklevel=2,
         )
-        model = self._model()
-        kind: Any = type(model)
-        return kind.save_pretrained(model, *args, **kwargs)
+        return getattr(type(model), name)(model, *args, **kwargs)
 
 
 def _book_of(model: nn.Module) -> FingerprintBook:

@@ -370,13 +370,32 @@ def test_a_trainer_without_an_adapter_is_refused_before_training(tiny_model_dir:
 def test_save_pretrained_of_an_adapted_model_warns(tmp_path: Path, tiny_model_dir: Path) -> None:
     model = mirrortune.attach(load_base(tiny_model_dir), target_modules="query")
     for adapted in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.warns(UserWarning, match=r"which from_pretrained does not read.*save_adapter") as said:
+        with pytest.warns(UserWarning, match=r"^save_pretrained writes .*save_adapter.*merge") as said:
             adapted.save_pretrained(tmp_path / "model")
         assert said[0].filename == __file__
     load_base(tiny_model_dir).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     bare = mirrortune.attach(load_base(tiny_model_dir), method="bitfit")
     bare.save_pretrained(tmp_path / "bitfit")  # type: ignore[operator]
     assert torch.equal(logits(load_base(tmp_path / "bitfit")), logits(bare))
+
+
+def test_a_model_that_saves_itself_by_another_name_warns_once(tmp_path: Path) -> None:
+    class Embedder(Sentences):
+        """Saves its parts like a SentenceTransformer."""
+
+        def save(self, folder: Path) -> None:
+            self.encoder.save_pretrained(folder)  # type: ignore[operator]
+
+        def save_pretrained(self, folder: Path) -> None:
+            self.save(folder)
+
+    whole = mirrortune.attach(Embedder(tiny_bert()), target_modules="query")
+    inside = Embedder(mirrortune.attach(tiny_bert(), target_modules="query"))
+    for embedder, said in ((whole, "^save writes .*save_adapter.*load_adapter"), (inside, "^save_pretrained writes")):
+        for save in (embedder.save, embedder.save_pretrained):
+            with pytest.warns(UserWarning, match=said) as given:
+                save(tmp_path / "model")
+            assert len(given) == 1
 
 
 def test_lists_and_single_texts_mean_the_same() -> None:
