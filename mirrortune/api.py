@@ -247,7 +247,7 @@ def check_saved_whole(model: nn.Module) -> None:
         ConfigError: the model has no adapter, or other parameters require gradients; the error names them.
     """
     attachment(model)
-    saved = vars(model).get(_TRAINED)  # None for a module that only forwards attributes of the model inside
+    saved = vars(model).get(_TRAINED)  # None if it was not attached by this module
     if saved is not None and (others := [name for name in _requiring_gradients(model) if name not in saved]):
         raise ConfigError(
             "model", "parameters outside the adapter require gradients, and an adapter would not hold them: "

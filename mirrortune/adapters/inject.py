@@ -34,7 +34,7 @@ from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Target, Targets, find_targets
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, first_of
 from mirrortune.system.devices import holds_half
 
 FactorSource = Callable[[str, Tensor, int], Factors]
@@ -271,8 +271,8 @@ def bytes_kept(model: nn.Module) -> int:
 
 
 def unwrapped(model: object) -> nn.Module:
-    """Return the model inside the wrappers of torch: ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``
-    and ``AveragedModel``.
+    """Return the model inside the wrappers of torch, ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``
+    and ``AveragedModel``, and inside modules that forward the attributes of an adapted model, as PEFT's do.
 
     Raises:
         ConfigError: ``model`` is no module.
@@ -283,7 +283,11 @@ def unwrapped(model: object) -> nn.Module:
     # torch.compile registers the model as a submodule, accelerate's regional compilation keeps it as an attribute.
     compiled = model._modules.get("_orig_mod") or vars(model).get("_orig_mod")  # noqa: SLF001
     inner = model.module if isinstance(model, _WRAPPERS) else compiled
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+    if isinstance(inner, nn.Module):
+        return unwrapped(inner)
+    found = getattr(model, "mirrortune", None)
+    owners = (m for m in model.modules() if isinstance(found, Attachment) and vars(m).get("mirrortune") is found)
+    return next(owners, model)
 
 
 def check_unwrapped(model: nn.Module, where: str) -> None:
@@ -325,7 +329,11 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     targets = attachment(model).targets
     parameters = held_in(model)
-    return {name: parameters[name] for name in (*targets.head, *targets.plain)}
+    names = (*targets.head, *targets.plain)
+    if gone := [name for name in names if name not in parameters]:
+        problem = f"it has no parameters of these names any more, which its adapter trains: {first_of(gone, 3)}"
+        raise ConfigError("model", problem, fix="Take off what was put around them, as PEFT's unload() does")
+    return {name: parameters[name] for name in names}
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -42,7 +42,10 @@ def local_path(name: str | Path) -> Path:
 
     Raises:
         ConfigError: no file can have this name, the user after ``~`` is unknown, or a parent folder is not accessible.
+            Also for what is no name, such as None.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigError("path", f"got {name!r:.60}", allowed="a text or a pathlib.Path")
     where = shown_path(str(name)[:200]).replace("\0", "\\0")
     try:
         path = Path(name).expanduser()

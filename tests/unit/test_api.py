@@ -200,6 +200,21 @@ def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_head_that_was_replaced_is_named(tmp_path: Path) -> None:
+    model: Any = mirrortune.attach(tiny_bert())
+    model.classifier = nn.Sequential(model.classifier)
+    with pytest.raises(ConfigError, match=r"no parameters of these names any more.*: classifier\.weight"):
+        mirrortune.trainable_parameters(model)
+
+
+@pytest.mark.parametrize("place", [None, 3, ["adapter"]])
+def test_what_is_no_path_is_refused(place: Any) -> None:
+    with pytest.raises(ConfigError, match=r"path: got .*\. Allowed: a text or a pathlib.Path"):
+        mirrortune.load_adapter(tiny_bert(), place)
+    with pytest.raises(ConfigError, match=r"path: got .*\. Allowed: a text or a pathlib.Path"):
+        mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), place)
+
+
 def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
     model = mirrortune.attach(tiny_bert(), target_modules="query")
     adapter_parameters(model)["bert.encoder.layer.0.attention.self.query.theta"].data.view(-1)[0] = torch.nan
@@ -771,6 +786,10 @@ def test_a_module_that_forwards_attributes_is_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
             parameter.uniform_(-0.1, 0.1)
+    model.more = nn.Linear(2, 2)  # as PEFT puts its parameters into the model that it wraps
+    with pytest.raises(ConfigError, match=r"parameters outside the adapter .*: more\.weight, more\.bias"):
+        mirrortune.save_adapter(Forwarding(model), tmp_path / "adapter")
+    del model.more
     mirrortune.save_adapter(Forwarding(model), tmp_path / "adapter")
     loaded = mirrortune.load_adapter(tiny_bert().bert, tmp_path / "adapter")
     found, expected = adapter_parameters(loaded), adapter_parameters(model)
