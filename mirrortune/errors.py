@@ -255,12 +255,13 @@ _ALIASES = {
     "--target-modules": ("target_modules",),
 }
 _OVERWRITE = re.compile(r",? or replace it with --overwrite")
+_KEY = re.compile(r"\badapter\.(\w+)( here|)")
 
 
 def in_python_terms(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a function of the Python API name its own parameters in errors, instead of the flags of the command line.
+    """Make a function of the Python API name its own parameters in errors, instead of flags and keys of the recipe.
 
-    Flags that are no parameter of the function are left as they are.
+    Flags and keys that are no parameter of the function are left as they are.
     """
     parameters = inspect.signature(function).parameters
 
@@ -268,12 +269,21 @@ def in_python_terms(function: Callable[_P, _R]) -> Callable[_P, _R]:
         names = _ALIASES.get(flag[0], (flag[0].removeprefix("--").replace("-", "_"),))
         return next((name for name in names if name in parameters), flag[0])
 
+    def key_or_parameter(key: re.Match[str]) -> str:
+        if key[1] in parameters:
+            return f"{key[1]}{key[2]}"
+        return f"adapter.{key[1]}{' in a recipe' if key[2] else ''}"
+
+    def in_terms(text: str) -> str:
+        text = _KEY.sub(key_or_parameter, text)
+        return _FLAG.sub(parameter, _OVERWRITE.sub("", text))
+
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
         except MirrortuneError as error:
-            error.rephrase(lambda text: _FLAG.sub(parameter, _OVERWRITE.sub("", text)))
+            error.rephrase(in_terms)
             raise
 
     return call

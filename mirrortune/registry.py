@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
+from mirrortune.config.foreign_names import advice_on, key_of
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -96,6 +97,9 @@ def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: 
     """Return errors for the options ``given`` to ``owner``, whose options and types are ``hints``."""
     errors = []
     for key, value in given.items():
+        if key not in hints and (known := _known_elsewhere(key, where)):
+            errors.append(ConfigError(f"{where}.{key}", f"{owner} has no option '{key}'", fix=known))
+            continue
         if key not in hints:
             problem = f"{owner} has no option '{key}'.{did_you_mean(key, hints)}"
             allowed = ", ".join(sorted(hints)) or "no options"
@@ -105,6 +109,13 @@ def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: 
             continue
         errors.append(ConfigError(f"{where}.{key}", problem, allowed=allowed))
     return errors
+
+
+def _known_elsewhere(option: str, where: str) -> str | None:
+    """Return what to do about an option that is a setting, here or in another tool, of the section of ``where``."""
+    section, key = where.split(".", maxsplit=1)[0], key_of(option)
+    is_other = key is not None and key.startswith(f"{section}.") and key != f"{where}.{option}"
+    return advice_on(option) or (f"It is {key} here" if is_other else None)
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null",

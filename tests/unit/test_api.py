@@ -120,6 +120,12 @@ def test_every_argument_is_used() -> None:
         ({"scale_topk": 2}, "Did you mean 'scale_top_k'"),
         ({"scale_top_k": -2}, "scale_top_k: got -2"),
         ({"method": "adaptive"}, "is measured on a task, and there is none here"),
+        ({"r": 8}, r"has no option 'r'\. It is rank here\.$"),
+        ({"modules_to_save": ["pooler"]}, r"It is also_train here\.$"),
+        ({"layers_to_transform": [0]}, r"It is adapter\.layers in a recipe\.$"),
+        ({"use_dora": True}, r"Use method=dora, or remove it if false\.$"),
+        ({"method": "lora", "lora_r": 8}, r"It is rank here\.$"),
+        ({"method": "lora", "r": 8}, r"it follows from rank\. Set rank in its place"),
     ],
 )
 def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:

@@ -73,10 +73,13 @@ def check_options(spec: AdapterSpec) -> None:
     if chosen.rank is not None:
         derived[chosen.rank] = "adapter.rank"
     errors = [
-        ConfigError(f"adapter.options.{key}", f"it follows from {derived[key]}", fix="Remove it")
+        ConfigError(
+            f"adapter.options.{key}", f"it follows from {derived[key]}",
+            fix="Remove it" if " " in derived[key] else f"Set {derived[key]} in its place",
+        )
         for key in spec.options
         if key in derived and key in hints
-    ]
+    ]  # fmt: skip
     allowed = {k: hint for k, hint in hints.items() if k not in derived and k not in _UNUSED and _is_plain(hint)}
     others = {key: value for key, value in spec.options.items() if key not in derived or key not in hints}
     errors += option_errors(others, allowed, owner=f"method '{spec.method}'", where="adapter.options")
