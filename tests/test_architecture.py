@@ -150,7 +150,7 @@ def test_only_the_console_prints(module: str) -> None:
         or (isinstance(node, ast.Attribute) and node.attr in ("print_exc", "print_exception"))
     ]
     # The version is printed without the time it takes to import rich; a bug's traceback is for --debug.
-    assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli.app" else [])
+    assert spoken == (["typer.echo", "traceback.print_exc"] if module == "cli.app" else [])
 
 
 def test_only_one_module_draws() -> None:

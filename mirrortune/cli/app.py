@@ -39,8 +39,8 @@ from mirrortune.cli.flags import (
 from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
-from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, device_error
-from mirrortune.system.console import Reporter, describe_metrics, keep_standard_files
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, known_error
+from mirrortune.system.console import Reporter, describe_metrics, end_if_unwritten, keep_standard_files
 from mirrortune.system.paths import local_path, shown_path, table_suffix
 from mirrortune.system.signals import await_launcher
 
@@ -150,7 +150,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        sys.stdout.write(f"mirrortune {__version__}\n")
+        typer.echo(f"mirrortune {__version__}")
         raise typer.Exit
 
 
@@ -340,6 +340,9 @@ def main() -> None:
         # NCCL waits for all processes there, and if this one has failed alone, they wait for it in the middle of a step.
         if is_open and not (ended.code and "nccl" in str(torch.distributed.get_backend())):
             torch.distributed.destroy_process_group()  # torch warns at exit if they are still open
+        raise
+    except OSError:
+        end_if_unwritten()
         raise
 
 

@@ -144,6 +144,21 @@ def _written_out() -> Iterator[None]:
         raise ResourceError("standard output", problem, fix=fix) from error
 
 
+def end_if_unwritten() -> None:
+    """End the command with an error if standard output does not take what was printed, such as the help of a command.
+
+    Results of commands have this error from their :class:`Reporter`. Only another write shows whether one has failed.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        with _written_out():
+            sys.stdout.write("\n")
+    except ResourceError as error:
+        Reporter().error(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
 class Reporter:
     """Prints the results, notes and progress of a command.
 

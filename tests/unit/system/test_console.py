@@ -290,6 +290,21 @@ def test_a_usage_error_that_cannot_be_shown_has_its_exit_code(words: list[str]) 
         assert subprocess.run(command, stderr=full, cwd=Path(__file__).parents[3], check=False).returncode == 2
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["recipes", "ls"]])
+def test_a_help_that_cannot_be_written_is_said(words: list[str]) -> None:
+    command, root = [sys.executable, "-m", "mirrortune", *words], Path(__file__).parents[3]
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        outcome = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=root, check=False)
+    assert outcome.returncode == 4
+    assert re.fullmatch(rb"error: standard output: the result cannot be written .*\n", outcome.stderr)
+
+
+def test_a_version_for_nobody_is_no_error() -> None:
+    command = ["sh", "-c", 'exec "$0" -m mirrortune --version >&-', sys.executable]
+    outcome = subprocess.run(command, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3], check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, b"")
+
+
 def test_files_never_get_the_number_of_a_closed_standard_file(tmp_path: Path) -> None:
     """Libraries write their warnings to file 2, whatever it is."""
     opened = tmp_path / "opened"
