@@ -94,12 +94,12 @@ def _number(text: str) -> Fraction | None:
 
 
 def _as_number(text: str) -> str | None:
-    number = _number(text.replace("$", "").replace("\\", ""))
+    number = _number(text.replace("$", "").replace("{,}", ",").replace("\\", ""))
     return None if number is None else str(number)
 
 
 def _last_number(text: str) -> str | None:
-    cleaned = text.translate(_MINUS).replace("$", "")
+    cleaned = text.translate(_MINUS).replace("$", "").replace("{,}", ",")
     found = [match[0] for match in _NUMBERS.finditer(cleaned)]
     return _as_number(found[-1]) if found else None
 
@@ -147,7 +147,7 @@ def _mathematical(text: str) -> str | None:
     As in the evaluation of MATH (Hendrycks et al. 2021), formulas are compared as text, not by their mathematical
     meaning. Plain numbers are compared by value.
     """
-    text = text.strip().strip("$").strip().rstrip(".").translate(_MINUS)
+    text = text.strip().strip("$").strip().rstrip(".").translate(_MINUS).replace("{,}", ",")
     for word in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\$", "\\%", "%", "$", "^\\circ", "^{\\circ}"):
         text = text.replace(word, "")
     text = re.sub(r"\\\s", "", text)
