@@ -16,7 +16,7 @@ from mirrortune.data.files.arrow import is_string
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError, VerificationError
-from mirrortune.inference.prediction_file import PREDICTION, append_columns, new_names
+from mirrortune.inference.prediction_file import ERROR, PREDICTION, append_columns, new_names
 from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.target import Evaluable, check_ends, check_indices, eval_batch
@@ -25,8 +25,6 @@ from mirrortune.tasks.predicting import Predictions, PredictOptions
 from mirrortune.tasks.prompts import Around, unchanged
 from mirrortune.training.evaluate import judge_split
 
-ERROR = "error"
-"""Column with the reason why a row has no prediction."""
 _SPLIT, _SOURCE = "split", "source"
 
 

@@ -19,8 +19,8 @@ from mirrortune.data.loose import STDIN
 from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
 from mirrortune.inference.bank_answers import BankAnswers, BankRequest, RowAdapters, load_row_adapters
-from mirrortune.inference.block_answers import ERROR, BlockAnswers
-from mirrortune.inference.prediction_file import TableWriter, check_united, format_of, refuse_replacing, storable
+from mirrortune.inference.block_answers import BlockAnswers
+from mirrortune.inference.prediction_file import ERROR, TableWriter, check_united, format_of, refuse_replacing, storable
 from mirrortune.inference.prediction_parts import Parts, facts_of_rows, facts_of_target
 from mirrortune.inference.prediction_rows import PredictionRows, RowRequest, all_fitted, rows_of_data, rows_of_request
 from mirrortune.runs.checks import EvaluationSettings

@@ -23,6 +23,8 @@ from mirrortune.errors import ConfigError, DataError, first_line
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 PREDICTION = "prediction"
 """Name of the first column that is added."""
+ERROR = "error"
+"""Column with the reason why a row has no prediction."""
 _PARSED = 1000  # rows converted to Python objects at a time
 _HEAD = 1 << 20  # bytes in which the first row of a file must end
 

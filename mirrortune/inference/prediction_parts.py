@@ -21,7 +21,7 @@ from mirrortune import __version__
 from mirrortune.data.files.media import named_files
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.inference.bank_answers import BankRequest
-from mirrortune.inference.prediction_file import format_of, open_writer, refuse_replacing, united
+from mirrortune.inference.prediction_file import ERROR, format_of, open_writer, refuse_replacing, united
 from mirrortune.inference.prediction_rows import PredictionRows
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.target import Evaluable
@@ -93,7 +93,7 @@ class Parts:
         if state is None:
             fix = "Start it without --resume"
             raise ConfigError("--resume", f"there are no unfinished predictions of {self.output}", fix=fix)
-        before = state["facts"]
+        before = self._with_added(state["facts"], facts)
         changed = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
         if changed:
             told = "; ".join(_difference(name, before.get(name), facts.get(name)) for name in changed)
@@ -105,7 +105,18 @@ class Parts:
         for _, _, path in self._found():  # all of them now, not after hours of predicting
             if not _is_readable(path):
                 path.unlink()  # its rows are predicted again
+        self._write_state({**state, "facts": facts})
         return self.rows()
+
+    def _with_added(self, before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the facts ``before`` with the adapters that were added to the bank since: no finished row has them.
+
+        But not if rows with errors were kept, which may be those of rows that name these adapters.
+        """
+        bank, kept = before.get("bank"), (path for _, _, path in self._found() if _is_readable(path))
+        if not bank or any(ERROR in _schema(path).names for path in kept):
+            return before
+        return {**before, "bank": {**facts.get("bank", {}), **bank}}
 
     def state(self) -> dict[str, Any] | None:
         """Return the recorded state of the folder, or None if it is missing or damaged."""

@@ -15,6 +15,7 @@ import pytest
 
 from mirrortune.inference.bank import AdapterBank
 from tests.cli.console import mirrortune, write_lines
+from tests.cli.test_predict import fail_at
 from tests.tiny_models import WORDS, write_tiny_causal
 
 Rows = list[dict[str, Any]]
@@ -166,6 +167,36 @@ def test_what_a_bank_cannot_answer_is_refused(
     refused = mirrortune("predict", tiny_model_dir, *[shops if word == "BANK" else word for word in words])
     assert (refused.exit_code, refused.stdout) == (code, "")
     assert said in refused.said
+
+
+def test_a_bank_that_has_grown_is_continued(
+    shops: Path, tiny_model_dir: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = shutil.copytree(shops, desk / "bank")
+    data = write_lines(desk / "rows.jsonl", rows_of_shops(130))
+    words = ("predict", tiny_model_dir, "--bank", bank, "-d", data, "--adapter-column", "shop", "-o", "a.csv")
+
+    def stopped(*more: str) -> None:
+        with monkeypatch.context() as broken:
+            fail_at(2, broken, KeyboardInterrupt())
+            assert mirrortune(*words, *more).exit_code == 130
+
+    assert mirrortune(*words[:-1], "whole.csv").exit_code == 0
+    stopped()
+    shutil.copytree(shops / "4", bank / "5")
+    stopped("--resume")
+    shutil.rmtree(bank / "5")  # a row of the second part may have had it
+    gone = mirrortune(*words, "--resume")
+    assert (gone.exit_code, "bank: 5/" in gone.said) == (2, True), gone.said
+    shutil.copytree(shops / "4", bank / "5")
+    resumed = mirrortune(*words, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert (desk / "a.csv").read_bytes() == (desk / "whole.csv").read_bytes()
+
+    stopped("--overwrite", "--on-error", "skip")
+    shutil.copytree(shops / "4", bank / "6")
+    grown = mirrortune(*words, "--resume")  # a row may have the error that there is no adapter 6
+    assert (grown.exit_code, "bank: 6/" in grown.said) == (2, True), grown.said
 
 
 def test_an_adapter_is_no_base_of_a_bank(shops: Path, desk: Path) -> None:
