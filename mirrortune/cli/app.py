@@ -208,7 +208,7 @@ def train(
 
     if dry_run:
         training.check_output(resolved, recipe_name=name, resume=resume, overwrite=overwrite)
-        plan = preparing.prepare(resolved, reporter, dry_run=True)
+        plan = preparing.prepare(resolved, reporter, dry_run=True, num_processes=num_processes or 1)
         reporter.result(
             plan.summary(),
             [

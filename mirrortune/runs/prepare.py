@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.config.recipe import Resolved
 from mirrortune.data.examples import IGNORE_INDEX, Examples
-from mirrortune.errors import first_of
+from mirrortune.errors import counted, first_of
 from mirrortune.reports.tables import sparkline
 from mirrortune.runs.adapted_base import factorise
 from mirrortune.runs.checks import unpack
@@ -22,6 +23,7 @@ from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
 from mirrortune.tasks.base import ComparesRows, Task, labels_of
 from mirrortune.tasks.classes import OneOfClasses, WeighsClasses
+from mirrortune.training.settings import LoopSettings
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
 _FEW, _MOST = 10, 0.9
@@ -49,7 +51,9 @@ class PrepareResult:
         return {name: value for name, value in asdict(self).items() if name != "sources" or value}
 
 
-def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, show: int = 0) -> PrepareResult:
+def prepare(
+    resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, show: int = 0, num_processes: int = 1
+) -> PrepareResult:
     """Check a run, and fill the caches that ``train`` will use: downloads, tokenised rows and factors.
 
     Args:
@@ -57,6 +61,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         reporter: prints notes and progress.
         dry_run: download only configuration files and data, not weights, and compute no factors.
         show: number of training rows to print as the model receives them.
+        num_processes: number of processes that will train, of which the number of steps depends.
     """
     job = assemble(unpack(resolved.recipe), reporter)
     for name, examples in {"train": job.train, "validation": job.validation}.items():
@@ -64,10 +69,15 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
             reporter.note(f"{name} {line}")
     for line in class_warnings(job.task, job.train, job.validation):
         reporter.note(f"warning: {line}")
+    loop, rows_per_epoch = job.settings.loop, len(job.train) if job.draws is None else job.draws.size
+    rows_per_step = loop.batch_size * loop.gradient_accumulation_steps * num_processes
+    steps_per_epoch = None if job.stream else math.ceil(rows_per_epoch / rows_per_step)
+    for line in remarks_on_steps(loop, *loop.total_steps(steps_per_epoch)):
+        reporter.note(line)
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line, has_lines=True)
-    counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
-    rows = {name: len(examples) for name, examples in {**counted, **job.reported}.items()}
+    encoded = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
+    rows = {name: len(examples) for name, examples in {**encoded, **job.reported}.items()}
     if job.test_rows is not None:
         rows["test"] = job.test_rows
     cache = FactorCache(on_remark=reporter.note, device=factorising_device(default_device()))
@@ -80,7 +90,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         svd_seconds=round(cache.seconds, 3),
         svd_cache={"hits": cache.hits, "misses": cache.misses},
         rows=rows,
-        truncated_rows={name: examples.num_truncated for name, examples in counted.items()},
+        truncated_rows={name: examples.num_truncated for name, examples in encoded.items()},
         duplicated_rows=job.duplicated_rows,
         estimated_memory_bytes=job.footprint.total,
         memory=job.footprint.parts(),
@@ -120,6 +130,24 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
             "validation rows; score by f1_macro, balanced_accuracy or mcc (task.metrics), and see train.class_weights "
             "and train.balance"
         )
+
+
+def remarks_on_steps(loop: LoopSettings, steps: int, steps_per_epoch: int) -> Iterator[str]:
+    """Yield remarks on settings that ``steps`` optimizer steps are too few for."""
+    if loop.eval_every_steps is not None and loop.eval_every_steps > steps:
+        yield f"train.eval_every_steps={loop.eval_every_steps} is not reached: only the last step, {steps}, is scored"
+    if loop.save_every_steps is not None and loop.save_every_steps > steps:
+        yield f"train.save_every_steps={loop.save_every_steps} is not reached: the best and the last step are saved"
+    num_evaluations = math.ceil(steps / (loop.eval_every_steps or steps_per_epoch))
+    if loop.patience is not None and loop.patience >= num_evaluations - 1:
+        few = counted(num_evaluations, "evaluation")
+        yield f"warning: train.patience={loop.patience} cannot end a run of {few} early: evaluate more often"
+    if loop.max_steps is not None and steps < loop.max_steps:
+        yield f"train.max_steps={loop.max_steps} is not reached: train.epochs={loop.epochs:g} ends after step {steps}"
+    if loop.warmup_steps is not None and loop.warmup_steps >= steps:
+        yield f"warning: the warm-up of {loop.warmup_steps} steps does not end within the {steps} steps of the run"
+    if loop.schedule == "cosine-restarts" and loop.num_cycles >= steps:
+        yield f"warning: train.num_cycles={loop.num_cycles} is not below the {steps} steps of the run: nothing decays"
 
 
 def _shown_classes(task: Task) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,12 +16,13 @@ from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.peft_bridge.tuners import remarks
 from mirrortune.config.recipe import Resolved, flatten, with_absolute_paths
-from mirrortune.errors import ConfigError, counted
+from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.reports.model_card import own_card
 from mirrortune.runs.adapted_base import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
+from mirrortune.runs.prepare import remarks_on_steps
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
@@ -282,30 +282,12 @@ def _fit(
             draws=job.draws,
         )
         rows = job.settings.loop.batch_size * accelerator.num_processes
-        remarks_on_length = _remarks_on_steps(job.settings.loop, trainer.total_steps, trainer.steps_per_epoch)
+        remarks_on_length = remarks_on_steps(job.settings.loop, trainer.total_steps, trainer.steps_per_epoch)
         for text in (*remarks_on_length, *_remarks_on_batches(job.task, rows)):
             reporter.note(text)
         if resume:
             trainer.resume()
         return trainer.fit(), trainer.best_result
-
-
-def _remarks_on_steps(loop: LoopSettings, steps: int, steps_per_epoch: int) -> Iterator[str]:
-    """Yield remarks on settings that ``steps`` optimizer steps are too few for."""
-    if loop.eval_every_steps is not None and loop.eval_every_steps > steps:
-        yield f"train.eval_every_steps={loop.eval_every_steps} is not reached: only the last step, {steps}, is scored"
-    if loop.save_every_steps is not None and loop.save_every_steps > steps:
-        yield f"train.save_every_steps={loop.save_every_steps} is not reached: the best and the last step are saved"
-    num_evaluations = math.ceil(steps / (loop.eval_every_steps or steps_per_epoch))
-    if loop.patience is not None and loop.patience >= num_evaluations - 1:
-        few = counted(num_evaluations, "evaluation")
-        yield f"warning: train.patience={loop.patience} cannot end a run of {few} early: evaluate more often"
-    if loop.max_steps is not None and steps < loop.max_steps:
-        yield f"train.max_steps={loop.max_steps} is not reached: train.epochs={loop.epochs:g} ends after step {steps}"
-    if loop.warmup_steps is not None and loop.warmup_steps >= steps:
-        yield f"warning: the warm-up of {loop.warmup_steps} steps does not end within the {steps} steps of the run"
-    if loop.schedule == "cosine-restarts" and loop.num_cycles >= steps:
-        yield f"warning: train.num_cycles={loop.num_cycles} is not below the {steps} steps of the run: nothing decays"
 
 
 def _remarks_on_batches(task: Task, rows: int) -> Iterator[str]:

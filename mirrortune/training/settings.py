@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mirrortune.training.optim import Betas, OptimizerName, OptimizerSettings
-from mirrortune.training.schedules import Schedule
+from mirrortune.training.schedules import Schedule, whole_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,17 @@ class LoopSettings:
     def optimizer_settings(self) -> OptimizerSettings:
         """The optimizer and its hyperparameters."""
         return OptimizerSettings(name=self.optimizer, betas=self.betas, eps=self.eps, momentum=self.momentum)
+
+    def total_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
+        """Return the number of steps of the run and of each epoch.
+
+        The length of a stream is unknown, ``steps_per_epoch`` is None, and all its steps are one epoch.
+        """
+        if steps_per_epoch is None:
+            assert self.max_steps is not None
+            return self.max_steps, self.max_steps
+        planned = max(1, whole_steps(self.epochs * steps_per_epoch))
+        return min(planned, self.max_steps or planned), steps_per_epoch
 
 
 class Progress(Protocol):

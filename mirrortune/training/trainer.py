@@ -98,13 +98,7 @@ class Trainer:
             num_workers=settings.num_workers, seed=settings.seed, classes=objective.classes,
             draws=draws,
         )  # fmt: skip
-        if self.feed.steps_per_epoch is None:  # the length of a stream is unknown, so all its steps are one epoch
-            assert settings.max_steps is not None
-            self.steps_per_epoch = self.total_steps = settings.max_steps
-        else:
-            self.steps_per_epoch = self.feed.steps_per_epoch
-            planned = max(1, whole_steps(settings.epochs * self.steps_per_epoch))
-            self.total_steps = min(planned, settings.max_steps or planned)
+        self.total_steps, self.steps_per_epoch = settings.total_steps(self.feed.steps_per_epoch)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = _optimizer_of(model, settings)
         if settings.neftune_alpha is not None:

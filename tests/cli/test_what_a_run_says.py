@@ -45,6 +45,21 @@ def test_the_form_of_the_adapter_is_said_where_it_is_chosen(desk: Path) -> None:
     assert "(portable form, with its bases: adapter.form=compact leaves them out) in run/adapter" in trained.stdout
 
 
+def test_a_plan_remarks_on_steps_that_the_run_will_not_have(desk: Path) -> None:
+    rows = [{"text": f"a film {number}", "label": ("negative", "positive")[number % 2]} for number in range(48)]
+    write_lines(desk / "rows.jsonl", rows)
+    words = ["-m", write_tiny_model(desk / "bert"), "-t", "text-classification", "-d", "rows.jsonl", "--epochs", 2,
+             "--batch-size", 4, "data.validation_path=reviews.csv", "train.eval_every_steps=25"]  # fmt: skip
+
+    planned = [mirrortune(*command, *words).said for command in (("train", "--dry-run"), ("prepare", "--dry-run"))]
+    shared = mirrortune("train", "--dry-run", "--num-processes", 2, *words).said
+    streamed = mirrortune("train", "--dry-run", *words, "data.streaming=true", "--max-steps", 9, "--patience", 1).said
+
+    assert all("eval_every_steps=25 is not reached: only the last step, 24, is scored" in said for said in planned)
+    assert "eval_every_steps=25 is not reached: only the last step, 12, is scored" in shared
+    assert "train.patience=1 cannot end a run of 1 evaluation early" in streamed
+
+
 def test_settings_without_effect_are_noted_and_refuse_no_run(desk: Path) -> None:
     words = ["-m", write_tiny_model(desk / "bert"), "-t", "text-classification", "-d", "reviews.csv", "--dry-run"]
     unused = ["data.shuffle_buffer=9", "train.also_train_lr=0.5", "train.warmup_ratio=0.5", "train.warmup_steps=3"]

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mirrortune.runs.train import _remarks_on_batches, _remarks_on_steps
+from mirrortune.runs.prepare import remarks_on_steps
+from mirrortune.runs.train import _remarks_on_batches
 from mirrortune.tasks.base import task_class
 from tests.tiny_runs import SETTINGS
 
@@ -47,7 +48,7 @@ from tests.tiny_runs import SETTINGS
     ],
 )
 def test_steps_that_a_run_does_not_have_are_remarked_on(settings: dict[str, Any], says: list[str]) -> None:
-    assert list(_remarks_on_steps(replace(SETTINGS, **settings), 12, 6)) == says
+    assert list(remarks_on_steps(replace(SETTINGS, **settings), 12, 6)) == says
 
 
 @pytest.mark.parametrize(
