@@ -197,10 +197,14 @@ def first_of(names: Iterable[str], most: int, joint: str = ", ") -> str:
     return joint.join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 
 
-def device_error(error: BaseException) -> ResourceError | None:
+def known_error(error: BaseException) -> ResourceError | None:
     """Return the error for an exception of torch by which a device ran out of memory, a model does not compute in 16
-    bits, or torch has no code for a GPU; None for any other exception.
+    bits, or torch has no code for a GPU, or of the system by which a file or folder may not be used, such as a folder
+    that may be entered but not listed; None for any other exception.
     """
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        fix = "Permit it (a folder must permit listing, chmod u+rx), or use a copy"
+        return ResourceError(error.filename, "permission denied", fix=fix)
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     is_torch = isinstance(error, RuntimeError)
     if isinstance(error, MemoryError) or (is_torch and any(words in text for words in _OUT_OF_MEMORY)):

@@ -122,9 +122,9 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             Reporter().error("interrupted")
             raise typer.Exit(130) from None
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, PermissionError) as error:
             await_launcher(error)
-            known = device_error(error)
+            known = known_error(error)
             if known is None or kwargs.get("debug"):
                 raise
             Reporter().error(str(known))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError, PeerError, device_error
+from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError, PeerError, known_error
 from mirrortune.system.paths import json_object_or_none
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.signals import lost_a_process
@@ -45,7 +45,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
             elif isinstance(error, KeyboardInterrupt):
                 write("interrupted", code=130)
             else:
-                known = PeerError(1) if lost_a_process(error) else device_error(error) or error
+                known = PeerError(1) if lost_a_process(error) else known_error(error) or error
                 code = known.exit_code if isinstance(known, MirrortuneError) else 1
                 write("failed", message=str(known) or type(known).__name__, code=code)
         raise

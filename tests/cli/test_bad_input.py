@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -653,3 +654,30 @@ def test_an_earlier_run_survives_an_attempt_to_replace_it_that_fails(desk: Path,
     for attempt in (["-d", "bad.csv"], ["-d", "reviews.csv", "-m", "./nowhere"], ["-d", "reviews.csv", "--rank", 99]):
         assert mirrortune(*changed(words, *attempt), "--overwrite").exit_code in (2, 3)
         assert contents(desk / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("model", "prepare -m model -t text-classification -d reviews.csv --dry-run"),
+        ("rows", "prepare -m model -t text-classification -d rows --dry-run"),
+        ("bank", "predict model --bank bank -d reviews.csv --adapter-column stars"),
+    ],
+)
+def test_a_folder_that_may_be_entered_but_not_listed_is_named(
+    closed: str, words: str, desk: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_dir, desk / "model")
+    for name in ("rows", "bank"):
+        (desk / name).mkdir()
+    listed = Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder.name == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))  # root may list every folder
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    outcome = mirrortune(*words.split())
+    assert outcome.exit_code == 4
+    assert f"{closed}: permission denied. Permit it (a folder must permit listing, chmod u+rx)" in outcome.said

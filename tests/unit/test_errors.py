@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mirrortune.errors import ConfigError, DataError, all_of, device_error
+from mirrortune.errors import ConfigError, DataError, all_of, known_error
 
 
 def test_several_problems_are_a_line_each() -> None:
@@ -58,10 +58,11 @@ def test_a_name_with_line_breaks_or_without_an_end_stays_one_short_line() -> Non
         (RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile"), "device"),
         (RuntimeError("value cannot be converted to type at::Half without overflow"), "train.precision"),
         (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"), "train.precision"),
+        (PermissionError(13, "Permission denied", "rows"), "rows"),
     ],
 )
-def test_what_a_device_cannot_do_is_an_error_for_the_user(error: BaseException, where: str) -> None:
-    found = device_error(error)
+def test_what_a_device_or_a_folder_cannot_do_is_an_error_for_the_user(error: BaseException, where: str) -> None:
+    found = known_error(error)
     assert found is not None
     assert (found.where, found.exit_code) == (where, 4)
     assert "\n" not in str(found)
@@ -72,5 +73,6 @@ def test_other_exceptions_are_bugs() -> None:
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         RuntimeError(),
         ValueError("out of memory"),
+        PermissionError(),
     ):
-        assert device_error(error) is None
+        assert known_error(error) is None
