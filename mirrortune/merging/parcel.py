@@ -76,6 +76,8 @@ class Parcel:
             return
         try:
             self.write(name, redact(path.read_text(encoding="utf-8"), name))
+        except UnicodeDecodeError as error:
+            raise VerificationError(str(path), "it is not UTF-8", fix="Save it as UTF-8") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 

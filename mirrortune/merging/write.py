@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def merge(
     reporter.note(f"merging {', '.join(map(str, folders))} into {describe_base(adapters[0], base)}")
     run = run_of(last.folder)
     card = model_card.card_of_run(last, Path(output_dir).name, is_merged=True)
-    extra = {"README.md": model_card.signed(card or model_card.merged_card(last.base, last.spec.method, last.task))}
+    made = model_card.signed(card or model_card.merged_card(last.base, last.spec.method, last.task))
+    extra: dict[str, str | bytes] = {"README.md": made}
     if overwrite and (own := model_card.own_card(Path(output_dir))) is not None:
         extra["README.md"] = own
         reporter.note(f"README.md in {output_dir} is kept, as it was written or edited by hand")
@@ -133,7 +134,7 @@ def merge_folder(
     *,
     factor_source: FactorSource,
     base: str | None = None,
-    extra_files: dict[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
     remarks: list[str] | None = None,
@@ -147,7 +148,7 @@ def merge_folder(
         output_dir: new or empty folder; with ``overwrite`` also an earlier merge.
         factor_source: computes or caches factors.
         base: another location of the first adapter's base model, whose weights are still compared.
-        extra_files: text files to add, content by file name.
+        extra_files: files to add, content by file name.
         max_shard_bytes: maximum size of a weights file; by default, files are split as in the base.
         overwrite: replace ``output_dir``.
         remarks: list to which mismatches with the base are appended, also recorded in ``merge.json``; None to raise.
@@ -178,11 +179,13 @@ def merge_folder(
     return found[0]
 
 
-def _write_merged(folder: Path, output_dir: Path, extra_files: dict[str, str], merge: _Merge) -> Verification:
+def _write_merged(
+    folder: Path, output_dir: Path, extra_files: Mapping[str, str | bytes], merge: _Merge
+) -> Verification:
     report: dict[str, Any] = {"mirrortune_version": __version__, "base": merge.adapters[0].base}
     verdict = _merge(merge, folder, report)
-    for name, text in extra_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in extra_files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if merge.remarks is not None:  # weights are read, and remarked on, several times
         merge.remarks[:] = dict.fromkeys(merge.remarks)
     report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}

@@ -67,13 +67,13 @@ def is_generated(card: str) -> bool:
     return found is not None and found.end() == len(card) and found[1] == _digest(card[: found.start()])
 
 
-def own_card(folder: Path) -> str | None:
+def own_card(folder: Path) -> bytes | None:
     """Return the model card of a folder that is written again, if a person has written or edited it."""
     path = folder / "README.md"
     if path.is_symlink() or not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return None if is_generated(text) else text
+    card = path.read_bytes()
+    return None if is_generated(card.decode("utf-8", "replace")) else card
 
 
 def edited(card: str, edit: Callable[[str], str]) -> str:

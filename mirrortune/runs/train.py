@@ -89,7 +89,7 @@ def train(
             card = own_card(run.path)
             run.create(inputs, overwrite=overwrite)
             if card is not None:
-                run.write_text("README.md", card)
+                run.write_file("README.md", lambda file: file.write_bytes(card))
                 reporter.note(f"{run.path / 'README.md'} is kept, as it was written or edited by hand")
 
         sync.from_main(accelerator, claim)

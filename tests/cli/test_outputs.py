@@ -440,14 +440,14 @@ def test_a_run_is_replaced_whole_and_only_when_the_new_one_is_saved(desk: Path) 
 
 def test_a_card_of_a_person_is_kept_when_a_run_is_replaced(desk: Path) -> None:
     card = desk / "run" / "README.md"
-    generated = card.read_text(encoding="utf-8")
-    for text in (f"{generated}\nMy notes.\n", "# Mine\n", generated):
-        card.write_text(text, encoding="utf-8")
+    generated = card.read_bytes()
+    for content in (generated + b"\nMy notes.\n", "# Caf\u00e9\r\n".encode("latin-1"), generated):
+        card.write_bytes(content)
         done = mirrortune(*TRAIN.split(), "-o", "run", "--overwrite", "--seed", 6)
         assert done.exit_code == 0, done.stderr
-        is_mine = text != generated
+        is_mine = content != generated
         assert ("is kept, as it was written or edited by hand" in done.said) is is_mine
-        assert (card.read_text(encoding="utf-8") == text) is is_mine
+        assert (card.read_bytes() == content) is is_mine
 
 
 def test_a_merge_inside_its_run_is_safe_from_the_next_run(desk: Path) -> None:

@@ -238,15 +238,22 @@ def test_a_card_of_a_person_in_the_folder_is_sent(hub: LoopbackHub, desk: Path, 
         assert sent.read_text() == "---\nlicense: mit\n---\n# Mine, from base\n"
 
 
+def test_a_card_in_another_encoding_is_not_sent(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    shutil.copytree(desk / "run", tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_bytes("# Caf\u00e9\n".encode("latin-1"))
+    refused = push(hub, desk, tmp_path / "run", "me/cafe")
+    assert (refused.exit_code, "README.md: it is not UTF-8. Save it as UTF-8." in refused.said) == (5, True)
+
+
 def test_a_card_of_a_person_is_kept_when_a_merge_is_replaced(desk: Path, tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     shutil.copytree(desk / "merged", folder)
-    generated = (folder / "README.md").read_text()
-    for card, expected in (("# Mine\n", "# Mine\n"), ("# Mine\n", "# Mine\n"), (generated, generated)):
-        (folder / "README.md").write_text(card)
+    generated = (folder / "README.md").read_bytes()
+    for card in (b"# Mine\n", "# Caf\u00e9\r\n".encode("latin-1"), generated):
+        (folder / "README.md").write_bytes(card)
         done = mirrortune("merge", desk / "run", "-o", folder, "--overwrite", cache=desk / "cache")
         assert done.exit_code == 0, done.stderr
-        assert (folder / "README.md").read_text() == expected
+        assert (folder / "README.md").read_bytes() == card
         assert ("is kept, as it was written or edited by hand" in done.said) is (card != generated)
 
 
