@@ -226,8 +226,8 @@ def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, 
         ConfigError: the predictions cannot be written; raised before anything is scored.
     """
     if isinstance(task, Answers):
-        raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row",
-                          fix="Write its answers with mirrortune predict")  # fmt: skip
+        raise ConfigError("--predictions", f"the answers of {task.kind} are texts, which eval does not write",
+                          fix="Write them with mirrortune predict")  # fmt: skip
     check_labels(_answer_names(task, settings) or ())
     return with_label_columns(rows, task), prediction_file(place, name, settings.prediction_files)
 

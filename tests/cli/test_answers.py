@@ -41,6 +41,9 @@ def test_generated_answers_are_scored_while_training_and_after(problems: Path) -
     assert scores[0] < 1.0, "a random model answers none, or few"
     assert max(scores) == 1.0
     assert mirrortune("eval", "run", "--json").data["metrics"] == pytest.approx(metrics)
+    refused = mirrortune("eval", "run", "--predictions", "answers.tsv")
+    assert refused.exit_code == 2
+    assert "the answers of causal-lm are texts, which eval does not write. Write them with mirrortune" in refused.said
 
 
 @pytest.mark.parametrize(
