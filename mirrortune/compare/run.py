@@ -21,7 +21,7 @@ from typing import Any
 from mirrortune.adapters.fingerprint import sampled_digest
 from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, shown_lr, slug
 from mirrortune.config import strict_yaml
-from mirrortune.config.recipe import Layer, read_recipe, read_saved_recipe, resolve, shown_value, with_absolute_paths
+from mirrortune.config.recipe import Layer, read_recipe, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError, VerificationError
 from mirrortune.reports.finished_run import read_json
@@ -270,7 +270,7 @@ class Comparison:
                 known = read_recipe(str(file)).values
                 keys = [key for key in who.settings if key != who.lr_key]  # of which each run has its own
                 found = {key: (_setting(known, key), _setting(expected, key)) for key in keys}
-                other = [f"{key} is {shown_value(a)}, not {shown_value(b)}" for key, (a, b) in found.items() if a != b]
+                other = [f"{key} is {a!r:.200}, not {b!r:.200}" for key, (a, b) in found.items() if a != b]
                 if other:
                     problem = f"{folder} holds runs of another method than '{who.label}': {'; '.join(other)}"
                     fix = "Choose another folder with -o, or write the method in another way"
