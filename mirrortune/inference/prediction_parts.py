@@ -114,7 +114,7 @@ class Parts:
         But not if rows with errors were kept, which may be those of rows that name these adapters.
         """
         bank, kept = before.get("bank"), (path for _, _, path in self._found() if _is_readable(path))
-        if not bank or any(ERROR in _schema(path).names for path in kept):
+        if not isinstance(bank, dict) or any(ERROR in _schema(path).names for path in kept):
             return before
         return {**before, "bank": {**facts.get("bank", {}), **bank}}
 

@@ -183,6 +183,9 @@ def test_a_damaged_record_of_the_parts_is_said(tmp_path: Path) -> None:
     (parts.folder / "state.json").write_text("{")
     with pytest.raises(ConfigError, match=r"is damaged. Start over with --overwrite"):
         parts.resume({"rows": 3})
+    (parts.folder / "state.json").write_text('{"facts": {"bank": [1]}}')
+    with pytest.raises(ConfigError, match=r"made otherwise: bank\. "):
+        parts.resume({"bank": {"1/adapter.json": ["a"]}})
     parts.begin({"rows": 3}, overwrite=True)
 
 
