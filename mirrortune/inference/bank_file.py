@@ -82,8 +82,7 @@ def open_bank(path: Path) -> Mapping[str, ReadAdapter]:
         VerificationError: the file is damaged or has a newer version.
     """
     if path.is_dir():
-        folders = {own.name: _holder(own) for own in sorted(path.iterdir()) if own.is_dir()}
-        found = {name: partial(read_adapter, own) for name, own in folders.items() if own is not None}
+        found = {name: partial(read_adapter, folder) for name, folder in adapter_folders(path).items()}
     elif path.is_file():
         file = _BankFile(path)
         found = {name: partial(file.read, name) for name in file.content["adapters"]}
@@ -93,6 +92,16 @@ def open_bank(path: Path) -> Mapping[str, ReadAdapter]:
         raise ConfigError(str(path), "no adapters are there", allowed="a file of AdapterBank.save, or a folder that "
                           "holds a folder for each adapter")  # fmt: skip
     return found
+
+
+def adapter_folders(path: Path) -> dict[str, Path]:
+    """Return the adapter folders of a bank by name: the folders in ``path`` that are one, or contain one as runs do."""
+    found = {own.name: (own, own / "adapter") for own in sorted(path.iterdir()) if own.is_dir()}
+    return {
+        name: folder
+        for name, places in found.items()
+        if (folder := next((place for place in places if (place / "adapter.json").is_file()), None)) is not None
+    }
 
 
 def save_bank(path: Path, entries: Mapping[str, Entry]) -> None:
@@ -133,11 +142,6 @@ def save_bank(path: Path, entries: Mapping[str, Entry]) -> None:
     }
     metadata = {_KEY: json.dumps({**content, "sha256": _digest(content)})}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def _holder(folder: Path) -> Path | None:
-    """Return the adapter folder that a folder is or contains, or None."""
-    return next((own for own in (folder, folder / "adapter") if (own / "adapter.json").is_file()), None)
 
 
 def _is_bank(path: Path) -> bool:

@@ -21,11 +21,13 @@ from mirrortune import __version__
 from mirrortune.data.files.media import named_files
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.inference.bank_answers import BankRequest
+from mirrortune.inference.bank_file import adapter_folders
 from mirrortune.inference.prediction_file import ERROR, format_of, open_writer, refuse_replacing, united
 from mirrortune.inference.prediction_rows import PredictionRows
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.target import Evaluable
 from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
+from mirrortune.system.hub import ADAPTER_FILES
 from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
 from mirrortune.system.paths import ModelPlace, json_object_or_none, sha256_of
 from mirrortune.tasks.base import Task, task_to_dict
@@ -266,9 +268,13 @@ def facts_of_rows(fitted: Sequence[tuple[PredictionRows, Task]]) -> dict[str, An
 
 
 def _adapters_of(path: Path) -> dict[str, Any]:
-    """Return fingerprints of the files of a bank."""
-    files = [path] if path.is_file() else sorted((*path.rglob("adapter.json"), *path.rglob("adapter.safetensors")))
-    return {str(file.relative_to(path)): _fingerprint(file) for file in files if file.is_file()}
+    """Return fingerprints of the files of each adapter in a bank, or of the file that holds them all."""
+    if path.is_file():
+        return {"file": _fingerprint(path)}
+    return {
+        name: {file: _fingerprint(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
+        for name, folder in adapter_folders(path).items()
+    }
 
 
 def _fingerprint(file: Path) -> list[Any]:

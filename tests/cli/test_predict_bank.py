@@ -172,7 +172,10 @@ def test_what_a_bank_cannot_answer_is_refused(
 def test_a_bank_that_has_grown_is_continued(
     shops: Path, tiny_model_dir: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank = shutil.copytree(shops, desk / "bank")
+    bank, runs = desk / "bank", shutil.copytree(shops, desk / "runs")
+    bank.mkdir()
+    for shop in SHOPS:
+        (bank / shop).symlink_to(runs / shop)
     data = write_lines(desk / "rows.jsonl", rows_of_shops(130))
     words = ("predict", tiny_model_dir, "--bank", bank, "-d", data, "--adapter-column", "shop", "-o", "a.csv")
 
@@ -187,8 +190,14 @@ def test_a_bank_that_has_grown_is_continued(
     stopped("--resume")
     shutil.rmtree(bank / "5")  # a row of the second part may have had it
     gone = mirrortune(*words, "--resume")
-    assert (gone.exit_code, "bank: 5/" in gone.said) == (2, True), gone.said
+    assert (gone.exit_code, "bank: 5." in gone.said) == (2, True), gone.said
     shutil.copytree(shops / "4", bank / "5")
+    for file in ("adapter.json", "adapter.safetensors"):
+        shutil.copy(runs / "23" / "adapter" / file, runs / "4" / file)  # read in place of those in 4/adapter
+    other = mirrortune(*words, "--resume")
+    assert (other.exit_code, "bank: 4: adapter.json, adapter.safetensors." in other.said) == (2, True), other.said
+    for file in ("adapter.json", "adapter.safetensors"):
+        (runs / "4" / file).unlink()
     resumed = mirrortune(*words, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert (desk / "a.csv").read_bytes() == (desk / "whole.csv").read_bytes()
@@ -196,7 +205,7 @@ def test_a_bank_that_has_grown_is_continued(
     stopped("--overwrite", "--on-error", "skip")
     shutil.copytree(shops / "4", bank / "6")
     grown = mirrortune(*words, "--resume")  # a row may have the error that there is no adapter 6
-    assert (grown.exit_code, "bank: 6/" in grown.said) == (2, True), grown.said
+    assert (grown.exit_code, "bank: 6." in grown.said) == (2, True), grown.said
 
 
 def test_an_adapter_is_no_base_of_a_bank(shops: Path, desk: Path) -> None:
