@@ -61,7 +61,7 @@ def prepare(
         reporter: prints notes and progress.
         dry_run: download only configuration files and data, not weights, and compute no factors.
         show: number of training rows to print as the model receives them.
-        num_processes: number of processes that will train, of which the number of steps depends.
+        num_processes: number of processes that will train, on which the number of steps depends.
     """
     job = assemble(unpack(resolved.recipe), reporter)
     for name, examples in {"train": job.train, "validation": job.validation}.items():
