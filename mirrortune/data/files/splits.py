@@ -127,7 +127,10 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def files_left_out(folder: Path) -> tuple[str, ...]:
-    """Return a remark on the tables of a folder that :func:`files_by_split` leaves out.
+    """Return remarks on the tables of a folder that :func:`files_by_split` leaves out, and on those that it joins.
+
+    Joined files are named if more than a number distinguishes them: one may be a copy, such as
+    ``train.sync-conflict-20261130-120000-ABC.csv`` of Syncthing or ``train.old.csv``.
 
     Raises:
         DataError: if none of the files of a split can be read.
@@ -146,7 +149,12 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
             str(folder), f"unknown file type: {', '.join(lost)}", allowed=", ".join(TABLE_SUFFIXES),
             fix="Convert the files, or move them away",
         )  # fmt: skip
-    return (f"left out, as they are not of a split: {first_of(beside, 12)}",) if beside else ()
+    joined = [
+        f"read as {split}: {first_of((path.name for path in paths), 12)}"
+        for split, paths in read.items()
+        if len({re.sub(r"\d+", "", path.name) for path in paths}) > 1
+    ]
+    return (*joined, *([f"left out, as they are not of a split: {first_of(beside, 12)}"] if beside else []))
 
 
 def _split_of(path: Path) -> str | None:

@@ -170,6 +170,10 @@ def test_tables_of_a_folder_do_not_vanish_in_silence(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     data = load_data(DataPlace.parse(str(tmp_path)))
     assert remarks_on(data, []) == ["left out, as they are not of a split: more.csv, train.xlsx"]
+    (tmp_path / "train.old.csv").write_text("text,label\na,b\n")
+    assert remarks_on(load_data(DataPlace.parse(str(tmp_path))), []) == [
+        "read as train: train.csv, train.old.csv", "left out, as they are not of a split: more.csv, train.xlsx"
+    ]  # fmt: skip
     touch(tmp_path, "validation.xlsx", "test.jsonl.zst")
     with pytest.raises(DataError, match=r"unknown file type: test\.jsonl\.zst, validation\.xlsx"):
         load_data(DataPlace.parse(str(tmp_path)))
