@@ -191,7 +191,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def first_of(names: Iterable[str], most: int, joint: str = ", ") -> str:
+def first_of(names: Iterable[str], most: int = 40, joint: str = ", ") -> str:
     """Return the first ``most`` names as a list: ``a, b and 3 more``."""
     known = list(names)
     return joint.join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import is_json, is_list, is_string, is_unreadable, refuse_unreadable
-from mirrortune.errors import DataError, counted, did_you_mean
+from mirrortune.errors import DataError, counted, did_you_mean, first_of
 
 # Column names that are common among users and on the Hub, the most specific first.
 _PAIR_NAMES = (
@@ -120,7 +120,7 @@ def choose_media_columns(
             raise DataError(
                 source,
                 f"no column looks like {role}s" if role == "image" else "no column looks like recordings",
-                allowed=f"one of the columns {', '.join(table.column_names)}, with paths or encoded files",
+                allowed=f"one of the columns {first_of(table.column_names)}, with paths or encoded files",
                 fix=f"Name it with --{role}-column",
             )
         notes.append(detected(role, column))
@@ -148,7 +148,7 @@ def check_named(table: pa.Table, source: str, named: Mapping[str, str | Sequence
             raise DataError(
                 source,
                 f"{flag} '{column}' is not a column.{did_you_mean(column, table.column_names)}",
-                allowed=", ".join(table.column_names),
+                allowed=first_of(table.column_names),
             )
     refuse_unreadable(table, [column for _, column in pairs])
 
@@ -192,11 +192,11 @@ def _detect_label(
     if found is not None:
         return found.name, detected("label", found.name, found.why_label())
     refuse_unreadable(table, table.column_names)  # the missing column may be one that could not be read
-    several = ", ".join(f"'{c.name}' ({c.why_label()})" for c in hinted)
+    several = first_of(f"'{c.name}' ({c.why_label()})" for c in hinted)
     raise DataError(
         source,
         f"several columns could be the label: {several}" if several else "no column looks like a label",
-        allowed=f"one of the columns {', '.join(table.column_names)}",
+        allowed=f"one of the columns {first_of(table.column_names)}",
         fix="Name it with --label-column",
     )
 
@@ -243,7 +243,7 @@ def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[
     raise DataError(
         source,
         f"{'several columns' if strings else 'no column'} could be the text",
-        allowed=f"one or two of the columns {', '.join(c.name for c in fitting) or ', '.join(table.column_names)}",
+        allowed=f"one or two of the columns {first_of(c.name for c in fitting) or first_of(table.column_names)}",
         fix="Name it with --text-column",
     )
 
@@ -296,7 +296,7 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
     if table.num_rows and table.column(column).null_count == table.num_rows:
         raise DataError(
             source, f"text column '{column}' is empty in all {counted(table.num_rows, 'row')}",
-            allowed=", ".join(table.column_names), fix="Name another with --text-column",
+            allowed=first_of(table.column_names), fix="Name another with --text-column",
         )  # fmt: skip
 
 

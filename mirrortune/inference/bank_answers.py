@@ -108,7 +108,7 @@ class RowAdapters:
         if self._column not in table.column_names:
             raise DataError(
                 rows.source, f"it has no column '{self._column}'.{did_you_mean(self._column, table.column_names)}",
-                allowed=", ".join(table.column_names), fix="Name the column of adapters with --adapter-column",
+                allowed=first_of(table.column_names), fix="Name the column of adapters with --adapter-column",
             )  # fmt: skip
         refuse_unreadable(table, [self._column])  # its cells are null, and the base model would answer all rows
         names = [as_name(value) for value in cells(table, self._column)]

@@ -32,7 +32,7 @@ from mirrortune.data.mixture import (
     united_names,
 )
 from mirrortune.data.stream import stream_data
-from mirrortune.errors import ConfigError, DataError, counted, did_you_mean
+from mirrortune.errors import ConfigError, DataError, counted, did_you_mean, first_of
 from mirrortune.runs.checks import DataSettings, EvalSettings, RunSettings, TaskRequest
 from mirrortune.system.console import Reporter
 from mirrortune.tasks.base import (
@@ -113,7 +113,7 @@ def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> Da
         if theirs not in rows.table.column_names:
             raise DataError(
                 rows.source, f"it has no column '{theirs}'.{did_you_mean(theirs, rows.table.column_names)}",
-                allowed=", ".join(rows.table.column_names), fix="Correct data.validation_column_names",
+                allowed=first_of(rows.table.column_names), fix="Correct data.validation_column_names",
             )  # fmt: skip
         table = table.drop_columns([name]) if name in table.column_names else table
         table = table.append_column(rows.table.schema.field(theirs).with_name(name), rows.table.column(theirs))

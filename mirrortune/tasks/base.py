@@ -488,7 +488,7 @@ def check_columns(split: Split, task: Task) -> None:
         if column not in split.table.column_names and role != OPTIONAL_ROLE:
             raise DataError(
                 split.source, f"it has no {role} column '{column}'.{did_you_mean(column, split.table.column_names)}",
-                allowed=", ".join(split.table.column_names),
+                allowed=first_of(split.table.column_names),
             )  # fmt: skip
     refuse_unreadable(split.table, [column for _, column in task.columns()])
     # Rows of a language model, which may be conversations, are checked one by one when they are read.

@@ -139,7 +139,7 @@ def choose_layout(
         source,
         "no column looks like text to learn",
         allowed="messages; prompt and completion; instruction, input and output; or text",
-        fix=f"Name one of {', '.join(table.column_names)} with --text-column, and the answers with --label-column",
+        fix=f"Name one of {first_of(table.column_names)} with --text-column, and the answers with --label-column",
     )
 
 

@@ -28,7 +28,7 @@ from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokenise_rows
-from mirrortune.errors import DataError, counted
+from mirrortune.errors import DataError, counted, first_of
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.classes import SmoothsLabels
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
@@ -134,7 +134,7 @@ class Task(TextTask, SmoothsLabels):
         if not text or len(text) > 2 or not choices or label is None:
             refuse_unreadable(table, table.column_names)
             raise DataError(
-                source, f"no columns of contexts, endings and labels; the columns are {', '.join(names.values())}",
+                source, f"no columns of contexts, endings and labels; the columns are {first_of(names.values())}",
                 allowed="a context, two endings or more, and the number of the right one",
                 fix="Name them with --text-column, data.choice_columns and --label-column",
             )  # fmt: skip

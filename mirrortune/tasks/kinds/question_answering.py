@@ -27,7 +27,7 @@ from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
-from mirrortune.errors import ConfigError, DataError, NoRowsError, counted
+from mirrortune.errors import ConfigError, DataError, NoRowsError, counted, first_of
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, probabilities, refuse_nan
@@ -89,7 +89,7 @@ class Task(TextTask):
         if len(text) != 2 or label is None:
             refuse_unreadable(table, table.column_names)
             raise DataError(
-                source, f"no columns of questions, contexts and answers; the columns are {', '.join(names.values())}",
+                source, f"no columns of questions, contexts and answers; the columns are {first_of(names.values())}",
                 allowed="question, context and answers",
                 fix="Name them with --text-column (question, then context) and --label-column",
             )  # fmt: skip

@@ -31,7 +31,7 @@ from mirrortune.data.files.arrow import Columns, cells, refuse_unreadable
 from mirrortune.data.labels import has_class, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, is_blank_text, pieces, resolve_max_length, tokenise_rows
-from mirrortune.errors import DataError, counted
+from mirrortune.errors import DataError, counted, first_of
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.models.pooling import SentenceModules, pool, read_modules, without_pooler
 from mirrortune.tasks.base import ComparesRows, TextTask, TokenizerReader
@@ -173,7 +173,7 @@ class Task(TextTask, ComparesRows):
         label = label_column or _find_score(table, text)
         if len(text) < 2 or (label is not None and len(text) > 2) or label in text:
             refuse_unreadable(table, table.column_names)
-            found = f"the texts are {', '.join(text)}" if text else f"the columns are {', '.join(table.column_names)}"
+            found = f"the texts are {', '.join(text)}" if text else f"the columns are {first_of(table.column_names)}"
             raise DataError(
                 source, f"no columns of pairs of texts; {found}" + (f", the score is '{label}'" if label else ""),
                 allowed="two texts and a score; or an anchor, a text that belongs to it, and texts that do not",

@@ -22,7 +22,7 @@ from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError, DataError, first_of
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.base import Generates, TextTask, TokenizerReader, WritesText
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
@@ -161,7 +161,7 @@ class Task(TextTask, WritesText, Generates):
         if len(text) != 1 or label is None or not {*text, label} <= set(fitting):
             refuse_unreadable(table, table.column_names)
             raise DataError(
-                source, f"no columns of source and target texts; the columns are {', '.join(table.column_names)}",
+                source, f"no columns of source and target texts; the columns are {first_of(table.column_names)}",
                 allowed="two columns of text", fix="Name them with --text-column and --label-column",
             )  # fmt: skip
         refuse_unreadable(table, (*text, label))

@@ -27,7 +27,7 @@ from mirrortune.data.files.arrow import Columns, cells, is_list, is_string, refu
 from mirrortune.data.labels import as_name, feature_names, in_order, label_fields, refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, tokenise_rows
-from mirrortune.errors import DataError, did_you_mean
+from mirrortune.errors import DataError, did_you_mean, first_of
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.classes import WeighsClasses
@@ -304,7 +304,7 @@ def _choose(
         refuse_unreadable(table, table.column_names)
         raise DataError(
             source,
-            f"no two columns are lists of words and of tags; the columns are {', '.join(table.column_names)}",
+            f"no two columns are lists of words and of tags; the columns are {first_of(table.column_names)}",
             allowed="a list of words and a list of tags in each row (json, jsonl, parquet, conll)",
             fix="Name them with --text-column and --label-column",
         )

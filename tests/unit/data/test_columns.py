@@ -112,6 +112,14 @@ def test_the_only_measure_is_what_is_predicted() -> None:
     assert choose_columns(rows, None, None, "d.csv", numbers=True)[:2] == (("subject",), "price")
 
 
+def test_only_the_first_of_thousands_of_columns_are_listed() -> None:
+    rows = table(*(f"c{i}" for i in range(5000)))
+    for text, label in ((["c0"], None), (["no"], "c0"), (None, "c0")):
+        with pytest.raises(DataError, match=r"c39 and 49\d\d more") as caught:
+            choose_columns(rows, text, label, "d.csv")
+        assert len(str(caught.value)) < 500
+
+
 def test_what_is_named_is_taken_and_needs_no_note() -> None:
     assert choose_columns(table("a", "b", "c"), ["b", "a"], "c", "d.csv") == (("b", "a"), "c", [])
     assert choose_columns(table("a", "b"), ["a"], None, "d.csv")[1] == "b"
