@@ -79,7 +79,7 @@ def choose_columns(
         DataError: a named column does not exist or cannot be read, or detection finds no column or several.
     """
     check_named(table, source, {"--text-column": text, "--label-column": label})
-    notes = []
+    notes, is_answer = [], label == "answer"
     if label is None:
         label, note = _detect_label(table, text, source, numbers=numbers)
         notes.append(note)
@@ -93,6 +93,8 @@ def choose_columns(
     refuse_unreadable(table, (*text, label))
     for column in text:
         check_is_text(table, column, source)
+    if not is_answer:
+        _refuse_rejected(table, source)
     return tuple(text), label, notes
 
 
@@ -277,6 +279,25 @@ def refuse_preferences(table: pa.Table, source: str) -> None:
         source, f"it holds preferences ({what}), for methods such as DPO, ORPO and KTO, which mirrortune does not have",
         fix="Train on them with TRL around a model that mirrortune.attach() has adapted, "
         "or give rows with one right answer each",
+    )  # fmt: skip
+
+
+def _refuse_rejected(table: pa.Table, source: str) -> None:
+    """Raise a DataError if annotators have rejected or left out rows, so that these are not taken for right ones.
+
+    Prodigy writes their decision on the label of each row into the column answer.
+    """
+    if "answer" not in table.column_names or not is_string(table.schema.field("answer").type):
+        return
+    counts = {cell["values"]: cell["counts"] for cell in table.column("answer").value_counts().to_pylist()}
+    if not {"accept"} < counts.keys() <= {"accept", "reject", "ignore"}:
+        return
+    lost = " and ".join(f"'{word}' for {counted(counts[word], 'row')}" for word in counts if word != "accept")
+    raise DataError(
+        source, f"column 'answer' of an annotator is {lost}, whose labels are wrong or unknown",
+        allowed="rows with the answer 'accept'",
+        fix="Leave the others out (jq -c 'select(.answer == \"accept\")' FILE.jsonl > rows.jsonl), or learn accept "
+        "against reject with --label-column answer",
     )  # fmt: skip
 
 

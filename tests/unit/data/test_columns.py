@@ -112,6 +112,16 @@ def test_the_only_measure_is_what_is_predicted() -> None:
     assert choose_columns(rows, None, None, "d.csv", numbers=True)[:2] == (("subject",), "price")
 
 
+def test_rows_that_an_annotator_has_rejected_are_refused() -> None:
+    rows = table("text", "label", answer=["accept", "reject"])
+
+    with pytest.raises(DataError, match=r"column 'answer' of an annotator is 'reject' for 1 row.*jq -c"):
+        choose_columns(rows, None, None, "d.csv")
+    assert choose_columns(rows, None, "answer", "d.csv")[1] == "answer"
+    for answers in (["accept", "accept"], ["accept", "no"], ["reject", "ignore"], [["accept"], ["reject"]]):
+        assert choose_columns(table("text", "label", answer=answers), None, None, "d.csv")[1] == "label"
+
+
 def test_only_the_first_of_thousands_of_columns_are_listed() -> None:
     rows = table(*(f"c{i}" for i in range(5000)))
     for text, label in ((["c0"], None), (["no"], "c0"), (None, "c0")):
