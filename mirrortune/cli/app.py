@@ -41,7 +41,7 @@ from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted, known_error
 from mirrortune.system.console import Reporter, describe_metrics, end_if_unwritten, keep_standard_files
-from mirrortune.system.paths import local_path, shown_path, table_suffix
+from mirrortune.system.paths import check_working_directory, local_path, shown_path, table_suffix
 from mirrortune.system.signals import await_launcher
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
+            check_working_directory()
             _check_words(kwargs)
             command(*args, **kwargs)
         except MirrortuneError as error:

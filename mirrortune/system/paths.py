@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, ResourceError
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
@@ -60,6 +60,17 @@ def local_path(name: str | Path) -> Path:
         if error.errno in _NO_PATH:
             raise ConfigError(where, f"cannot be used as a path ({error.strerror})", fix="Give another") from error
     return path
+
+
+def check_working_directory() -> None:
+    """Raise a ResourceError if the working directory has been deleted; torch would end there with an error of MKL."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ResourceError(
+            "the working directory", "it has been deleted, or replaced by another of its name",
+            fix='Change to a folder that exists (cd "$PWD" enters the one that has replaced it)',
+        ) from error  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -38,6 +38,16 @@ def test_a_value_is_not_empty(desk: Path, words: list[str], says: str) -> None:
     assert says in outcome.said
 
 
+def test_a_working_directory_that_was_deleted_is_named(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = desk / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    outcome = mirrortune("prepare", "quickstart", "--dry-run")
+    assert outcome.exit_code == 4
+    assert "the working directory: it has been deleted" in outcome.said
+
+
 def test_a_system_prompt_may_be_empty(desk: Path) -> None:
     assert "empty text" not in mirrortune("chat", "nowhere/at-all", "--system", "").said
 
