@@ -306,7 +306,7 @@ def _choose(
             source,
             f"no two columns are lists of words and of tags; the columns are {first_of(table.column_names)}",
             allowed="a list of words and a list of tags in each row (json, jsonl, parquet, conll)",
-            fix="Name them with --text-column and --label-column",
+            fix="Name them with --text-column and --label-column; convert spans of characters into a tag for each word",
         )
     refuse_unreadable(table, (words, tags))
     return words, tags, notes
