@@ -193,7 +193,7 @@ def test_in_python_too(tmp_path: Path) -> None:
     mirrortune.save_adapter(model, tmp_path / "adapter")
     again = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
     assert next(iter(spectral_layers(again).values())).core.lora_A.shape[0] == 3
-    with pytest.raises(ConfigError, match=r"adapter\.rank: got 'full'"):
+    with pytest.raises(ConfigError, match=r"^rank: got 'full'"):
         mirrortune.attach(tiny_bert(), method="speclora", rank="full")
 
 

@@ -231,7 +231,7 @@ def test_settings_that_a_tuner_would_ignore_are_refused(fields: dict[str, Any], 
 
 def test_fused_layers_are_not_split_for_a_tuner() -> None:
     with pytest.raises(
-        ConfigError, match=r"adapter\.split: method 'lora' has no split, got \{'query': 2\}\. Remove it"
+        ConfigError, match=r"^split: method 'lora' has no split, got \{'query': 2\}\. Remove it"
     ):
         mirrortune.attach(small_bert(), method="lora", split={"query": 2})
 
