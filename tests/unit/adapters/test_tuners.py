@@ -230,9 +230,7 @@ def test_settings_that_a_tuner_would_ignore_are_refused(fields: dict[str, Any], 
 
 
 def test_fused_layers_are_not_split_for_a_tuner() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^split: method 'lora' has no split, got \{'query': 2\}\. Remove it"
-    ):
+    with pytest.raises(ConfigError, match=r"^split: method 'lora' has no split, got \{'query': 2\}\. Remove it"):
         mirrortune.attach(small_bert(), method="lora", split={"query": 2})
 
 
