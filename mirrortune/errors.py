@@ -198,12 +198,13 @@ def first_of(names: Iterable[str], most: int = 40, joint: str = ", ") -> str:
 
 
 def known_error(error: BaseException) -> ResourceError | None:
-    """Return the error for an exception of torch by which a device ran out of memory, a model does not compute in 16
-    bits, or torch has no code for a GPU, or of the system by which a file or folder may not be used, such as a folder
-    that may be entered but not listed; None for any other exception.
+    """Return the error to report for a known exception of torch or the system, or None for any other exception.
+
+    Known are: a device out of memory, a model that does not compute in 16 bits, a GPU that torch has no code for, and a
+    file or folder without permission, such as a folder that may be entered but not listed.
     """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
-        fix = "Permit it (a folder must permit listing, chmod u+rx), or use a copy"
+        fix = "Permit it (chmod u+rx for a folder), or choose another path"
         return ResourceError(error.filename, "permission denied", fix=fix)
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     is_torch = isinstance(error, RuntimeError)

@@ -144,9 +144,9 @@ def kept_rates(task: Task) -> dict[str, float]:
     """Return the learning rate of each method, as chosen for the model of a task by the comparisons that are kept.
 
     Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, rotations in radians (the
-    published unit) that of the same pairs in units of movement, mirror-scale and LoRA-SB their defaults; full
-    fine-tuning of DINOv2-small takes that of MiniLM-L6. On images, some methods have chosen between two rates by the
-    held-out halves of the three tasks (``tests/bench/results/image-rates``).
+    published unit) that of the same pairs in units of movement, mirror-scale and LoRA-SB their defaults, and
+    mirror-scale with adaptive pairs that of mirror-scale. On images, some methods have chosen between two rates by
+    held-out halves (``tests/bench/results/image-rates``).
     """
     found: dict[str, float] = {}
     for name in ("movie-sentences",) if task.is_text else ("movie-sentences", "fashion-mnist"):

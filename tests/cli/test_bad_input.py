@@ -680,4 +680,4 @@ def test_a_folder_that_may_be_entered_but_not_listed_is_named(
     monkeypatch.setattr(Path, "iterdir", refused)
     outcome = mirrortune(*words.split())
     assert outcome.exit_code == 4
-    assert f"{closed}: permission denied. Permit it (a folder must permit listing, chmod u+rx)" in outcome.said
+    assert f"{closed}: permission denied. Permit it (chmod u+rx for a folder), or choose another path" in outcome.said
