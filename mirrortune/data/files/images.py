@@ -31,6 +31,12 @@ from mirrortune.models.load import ModelSource, forward_parameters, load_image_p
 
 Image = Any  # PIL.Image.Image; Pillow is imported when the first image is
 _WHITE = 255
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+"""Value of the tag -> what turns the image upright."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,9 +213,11 @@ def to_rgb(image: Image, num_channels: int = 3) -> Image:
     the first frame is used.
     """
     from PIL import Image as Pillow  # noqa: PLC0415
-    from PIL import ImageOps  # noqa: PLC0415
 
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    # Not ImageOps.exif_transpose, which rewrites all other tags and fails on those of a wrong type.
+    if (turn := _TURNS.get(image.getexif().get(_ORIENTATION))) is not None:
+        image = image.transpose(Pillow.Transpose[turn])
     if image.mode.startswith("I") or image.mode == "F":
         image = Pillow.fromarray(_eight_bits(np.asarray(image)))
     if "transparency" in image.info or "A" in image.getbands() or image.mode == "PA":

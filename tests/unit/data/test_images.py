@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def test_a_picture_lying_on_its_side_is_turned_upright() -> None:
     exif = picture.getexif()
     exif[0x0112] = 6
     picture.save(stream, "JPEG", exif=exif)
+    assert to_rgb(Image.open(io.BytesIO(stream.getvalue()))).size == (8, 4)
+
+
+def test_a_tag_of_a_wrong_type_does_not_matter() -> None:
+    """Pillow's exif_transpose writes all tags again, and fails on a resolution that is a text."""
+    picture, stream = Image.new("RGB", (4, 8), "red"), io.BytesIO()
+    tags = struct.pack("<H", 2) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72")
+    picture.save(stream, "JPEG", exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags + bytes(4))
     assert to_rgb(Image.open(io.BytesIO(stream.getvalue()))).size == (8, 4)
 
 
