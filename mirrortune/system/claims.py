@@ -58,9 +58,10 @@ def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
         _remove_empty(made)
         raise cannot_write(output, error) from error
     if release is None:
-        raise ConfigError(
-            str(output), f"{_holder(place)} is writing there", fix="Wait until it ends, or choose another with -o"
-        )
+        fix = "Wait until it ends, or choose another with -o"
+        if (soft := _soft_place(place)).exists():  # whether a process of another machine is alive cannot be known here
+            fix += f". This file system has no locks: if that process has ended, delete {soft}"
+        raise ConfigError(str(output), f"{_holder(place)} is writing there", fix=fix)
     try:
         yield
     finally:
@@ -166,13 +167,17 @@ else:
 
 
 def _soft_lock(place: Path) -> Callable[[], None] | None:
-    lock = SoftFileLock(place.with_name(f"{place.name}.soft"), thread_local=False)
+    lock = SoftFileLock(_soft_place(place), thread_local=False)
     with warnings.catch_warnings(action="ignore"):
         try:
             lock.acquire(blocking=False)
         except Timeout:
             return None
     return lock.release
+
+
+def _soft_place(place: Path) -> Path:
+    return place.with_name(f"{place.name}.soft")
 
 
 def _is_at(handle: int, place: Path) -> bool:
@@ -199,8 +204,11 @@ def _not_a_claim(place: Path) -> FileExistsError:
 
 def _holder(place: Path) -> str:
     try:
+        with suppress(FileNotFoundError), _soft_place(place).open(encoding="utf-8") as file:
+            pid, host, *_ = file.read(_LARGEST).split()
+            return f"process {int(pid)} on {host[:64]}"
         with place.open("rb") as file:
-            found = json.loads(file.read(4096))
+            found = json.loads(file.read(_LARGEST))
         return f"process {int(found['pid'])} on {str(found['host'])[:64]}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -112,6 +112,26 @@ def test_a_place_that_cannot_be_claimed_is_a_resource_error(tmp_path: Path) -> N
         pass
 
 
+def test_the_claim_of_another_machine_is_named_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that was stopped on one node of a cluster continues on another, which cannot see whether it has ended."""
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    left = tmp_path / ".x.claim.soft"
+    left.write_text("4242\nnode-7\n")
+    said = rf"x: process 4242 on node-7 is writing there\. Wait .* if that process has ended, delete {left}"
+    with pytest.raises(ConfigError, match=said), claimed(tmp_path / "x"):
+        pass
+    left.unlink()
+    with claimed(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("has_locks", [True, False])
 @pytest.mark.parametrize("kind", ["zeros", "link", "text", "pipe"])
 def test_what_is_no_claim_is_left_alone(
@@ -146,7 +166,7 @@ def test_without_locks_the_file_is_the_claim(tmp_path: Path, monkeypatch: pytest
     for _ in range(2):
         with (
             claimed(tmp_path / "x"),
-            pytest.raises(ConfigError, match="another process is writing there"),
+            pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is writing there"),
             claimed(tmp_path / "x"),
         ):
             pass
