@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import shlex
 import sys
@@ -85,8 +86,9 @@ def read_stdin(encoding: str) -> tuple[DataSet, bool]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(PARTIAL, ".stdin.mt-", folder) as place:
             path = Path(place) / "rows.jsonl"
+            given = io.BytesIO() if sys.stdin is None else sys.stdin.buffer  # None if it is closed
             with path.open("wb") as file:
-                while piece := sys.stdin.buffer.read(_PIECE):
+                while piece := given.read(_PIECE):
                     if file.tell():
                         leave_room(folder, _STDIN_NAME)
                     file.write(piece)

@@ -44,9 +44,9 @@ def test_a_column_of_standard_input_is_reported_by_its_line(tmp_path: Path, monk
         refuse_unreadable(table, ["text"])
 
 
-@pytest.mark.parametrize("given", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
-def test_empty_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bytes) -> None:
+@pytest.mark.parametrize("given", [b"", b"\xef\xbb\xbf", None], ids=["nothing", "byte order mark", "closed"])
+def test_empty_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bytes | None) -> None:
     monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    monkeypatch.setattr(sys, "stdin", None if given is None else io.TextIOWrapper(io.BytesIO(given)))
     with pytest.raises(DataError, match="it is empty"):
         read_stdin("utf-8")
