@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ def encode_conversation(
     """
     talk, whole = _written(tokenizer, conversation, where)
     if counts is not None:
-        count_unread(counts, talk.messages, whole, lambda messages: _text_of(tokenizer, messages, talk))
+        count_unread(counts, talk.messages, whole, partial(_text_of, tokenizer, talk=talk), learn_all=learn_all)
     if learn_all:
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids), [True] * len(ids)
@@ -110,9 +110,8 @@ def encode_conversation(
         if not may_be_empty and any(m["role"] == "assistant" and is_empty(m) for m in talk.messages):
             raise LostAnswerError(where, "empty")
         is_last = talk.messages[-1]["role"] == "assistant"
-        return _with_ends(
-            tokenizer, list(made["input_ids"]), [bool(m) for m in made["assistant_masks"]], is_last=is_last
-        )
+        learned = [bool(m) for m in made["assistant_masks"]]
+        return _with_ends(tokenizer, list(made["input_ids"]), learned, is_last=is_last)
     special = special_tokens(tokenizer)
     spans = dict(_answer_spans(tokenizer, talk, whole, where))
     for turn, (low, high) in spans.items():
@@ -183,10 +182,10 @@ def num_tools_lost(
 def template_notes(
     rows: Iterable[Sequence[Any]], names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return notes on what the chat template does to the last learned answers of rows.
+    """Return notes on what the chat template does to the questions and the last learned answers of rows.
 
-    Some templates open the turn to be generated with more than they write before an answer, such as ``<think>`` or an
-    empty block of reasoning. Some write an answer without the reasoning in it.
+    Some templates open the turn to be generated with more than they write before an answer, such as ``<think>``. Some
+    leave out the reasoning in an answer, or all turns of a role that they do not know.
 
     Args:
         rows: cells of rows; the last of each are those of ``names``.
@@ -197,7 +196,7 @@ def template_notes(
         source: source of the rows, for messages.
 
     Returns:
-        A note on the first generation prompt that the trained text lacks, and on the first answer that it lacks.
+        A note on the first generation prompt that the trained text lacks, and on the first turn of each kind.
     """
     found: dict[str, str] = {}
     for row in rows if reader.is_chat else ():
@@ -211,9 +210,13 @@ def template_notes(
             found.setdefault("prompt", f"trained and asked differently: the chat template's generation prompt is "
                              f"{lacking[:80]!r}, which these answers do not follow in training. Begin them so, or "
                              "correct the template")  # fmt: skip
-        said = str(talk.messages[answers[-1]]["content"] or "")
-        if "".join(said.split()) not in "".join(whole.split()):
-            found.setdefault("answer", f"the chat template leaves out or changes parts of answers, as of {said[:80]!r}")
+        written = "".join(whole.split())
+        asked = [m for m in talk.messages if m["role"] != "assistant"]  # earlier answers may lose their reasoning
+        for message in (*asked, talk.messages[answers[-1]]):
+            said, role = str(message["content"] or ""), message["role"]
+            if "".join(said.split()) not in written:
+                what = "answers" if role == "assistant" else f"turns of '{role}'"
+                found.setdefault(what, f"the chat template leaves out or changes parts of {what}, as of {said[:80]!r}")
     return tuple(found.values())
 
 
@@ -338,10 +341,8 @@ def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: s
         problem = f"the model's chat template does not parse (line {error.lineno}: {first_line(error, 200)})"
         fix = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, in the model's folder"
         raise DataError(where, problem, fix=fix) from error
-    except (
-        jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
-        ValueError,
-    ) as error:  # fmt: skip
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError) as error:  # fmt: skip
         roles = ", ".join(str(m["role"]) for m in messages[:8])
         reason = first_line(error, 200)
         raise DataError(

@@ -38,7 +38,9 @@ _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
 _FLAGS = ("train", "training", "loss")
 """Fields that say whether a turn is learned, beside ``weight``."""
 _ALWAYS_READ = ("role", "content", "tool_calls", "tool_call_id", "weight")
-_UNREAD, _MOST_NAMED = "unread ", 8
+_UNREAD, _UNLEARNED, _MOST_NAMED = "unread ", "unlearned ", 8
+_WRITTEN_TURNS = re.compile(r"""\s*\[\s*(\]|\{\s*["'](role|from|content|value|weight)["'])""")  # the JSON of messages
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the field for the reasoning before an answer, in templates and data sets."""
 # Column name in data sets -> the part that the column adds to the conversation of a row.
@@ -55,10 +57,9 @@ SILENT, CALLS, EMPTY = 1, 2, 3
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
-
-
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
+_ALPACA_NAMES = (("instruction",), ("input", "context"), ("output", "response"))
 _TEXTS = ("text", "content", "document")
 
 
@@ -114,7 +115,7 @@ def choose_layout(
     if text:
         is_chat = [_holds_turns(table, name) for name in (*text, label) if name is not None]
         layout = "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
-        if all(is_chat) and len(text) == 1:
+        if any(is_chat) and len(text) == 1:
             layout = "messages" if label is None else "turns"
         return layout, text, label, []
     refuse_preferences(table, source)
@@ -123,13 +124,14 @@ def choose_layout(
         if name in lowered and _holds_turns(table, lowered[name]):
             return "messages", (lowered[name],), None, [detected("text", lowered[name])]
         refuse_written_lists(table, lowered.get(name, ""), source)
-    if {"instruction", "output"} <= set(lowered):
-        named = tuple(lowered[n] for n in ("instruction", "input") if n in lowered)
-        return "alpaca", named, lowered["output"], [f"columns {', '.join((*named, lowered['output']))} (detected)"]
+    asked, context, answer = (next((lowered[n] for n in names if n in lowered), None) for names in _ALPACA_NAMES)
+    if asked and answer and (context or "output" in lowered):
+        named = (asked, context) if context else (asked,)
+        return "alpaca", named, answer, [f"columns {', '.join((*named, answer))} (detected)"]
     for first, second in _PROMPTS:
         if first in lowered and second in lowered:
             notes = [detected("text", lowered[first]), detected("label", lowered[second])]
-            layout = "turns" if all(_holds_turns(table, lowered[n]) for n in (first, second)) else "prompt"
+            layout = "turns" if any(_holds_turns(table, lowered[n]) for n in (first, second)) else "prompt"
             return layout, (lowered[first],), lowered[second], notes
     strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
     for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
@@ -145,14 +147,11 @@ def choose_layout(
 
 def _holds_turns(table: pa.Table, column: str) -> bool:
     """Return whether a column holds lists of messages, or their JSON text, as in csv files."""
-    kind = table.schema.field(column).type
-    if is_string(kind):
-        first = next((value for value in cells(table, column) if value and value.strip()), "")
+    first: Any = next((v for v in cells(table, column) if (v.strip() if isinstance(v, str) else v)), None)
+    if isinstance(first, str):
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(first)
-            return isinstance(found, list) and bool(found) and isinstance(found[0], dict)
-        return False
-    return is_json(kind) or is_list(kind)
+            first = json.loads(first)
+    return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
 
 
 def begins_with_space(table: pa.Table, column: str) -> bool:
@@ -201,9 +200,9 @@ def row_conversation(layout: str, row: Sequence[Any], added: dict[str, Any], whe
     if layout == "messages":
         return conversation(as_messages(row[0], where), added, where, default)
     if layout == "turns":
-        asked = [{**message, "weight": 0.0} for message in as_messages(row[0], where)]
-        return conversation([*asked, *as_messages(row[1], where)], added, where, default)
-    *texts, completion = ["" if value is None else str(value) for value in row]
+        asked = [{**message, "weight": 0.0} for message in _as_turns(row[0], "user", where)]
+        return conversation([*asked, *_as_turns(row[1], "assistant", where)], added, where, default)
+    *texts, completion = [as_text(value, where) for value in row]
     prompt = "\n\n".join(text for text in texts if text.strip())
     turns: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return conversation(turns, added, where, default)
@@ -216,8 +215,7 @@ def asked_conversation(
     if layout not in ("messages", "turns"):
         talk = row_conversation(layout, [*row, None], added, where, default)
         return replace(talk, messages=talk.messages[:-1])
-    is_text = isinstance(row[0], str) and not row[0].lstrip().startswith("[")
-    messages = [{"role": "user", "content": row[0]}] if is_text else as_messages(row[0], where)
+    messages = _as_turns(row[0], "user", where)
     while layout == "messages" and messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
@@ -286,16 +284,21 @@ def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, colum
 
 
 def count_unread(
-    counts: Counter[str], messages: Sequence[Message], whole: str, write: Callable[[list[Message]], str | None]
+    counts: Counter[str], messages: Sequence[Message], whole: str, write: Callable[[list[Message]], str | None], *,
+    learn_all: bool = False,
 ) -> None:  # fmt: skip
-    """Count the row in ``counts`` for each field of its turns that has no influence on its text.
+    """Count the row in ``counts`` for each field of its turns that has no influence on its text, and for each role that
+    only its template may know, whose turns are not learned.
 
     Args:
         counts: counts of :func:`encoding_notes`.
         messages: turns of the row.
         whole: text of the row.
         write: returns the text of other turns, or None if they are refused.
+        learn_all: whether all tokens are learned.
     """
+    roles = set() if learn_all else {str(m["role"]) for m in messages}.difference(_KNOWN_ROLES)
+    counts.update(f"{_UNLEARNED}{ascii(role)[1:-1][:60]}" for role in roles)
     given = {key for m in messages for key, value in m.items() if value not in (None, "", [], {})}
     names = sorted(given.difference(_ALWAYS_READ))
     unread = names if names and write(_without_fields(messages, names)) == whole else []
@@ -344,6 +347,9 @@ def encoding_notes(counts: dict[str, int], num_tokens: int, max_length: int) -> 
                      " chat template does not write it. Write it into the content, or use another model")  # fmt: skip
     if unread:
         notes.append(f"field{'s' * (len(unread) > 1)} of turns not used: {first_of(unread, _MOST_NAMED)}")
+    for name in sorted(name for name in counts if name.startswith(_UNLEARNED)):
+        notes.append(f"turns of '{name.removeprefix(_UNLEARNED)}' ({counted(counts[name], 'row')}) are not learned:"
+                     " answers have the role assistant")  # fmt: skip
     if counts["num_answers_cut"]:
         notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
     return tuple(notes)
@@ -365,9 +371,22 @@ def as_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def as_text(value: Any, where: str) -> str:
+    """Return the text of a cell, "" for a missing one; raise a DataError for a list or an object."""
+    if isinstance(value, (list, tuple, dict)):
+        raise DataError(where, f"got {str(value)[:120]!r}", allowed="a text", fix="Write a text, or name other columns")
+    return "" if value is None else str(value)
+
+
+def _as_turns(value: Any, role: str, where: str) -> list[Message]:
+    """Convert a cell to messages; a text that is not the JSON text of messages is a single turn of ``role``."""
+    is_turn = isinstance(value, str) and not _WRITTEN_TURNS.match(value)
+    return [{"role": role, "content": value}] if is_turn else as_messages(value, where)
+
+
 def last_answer(value: Any, *, learned: bool) -> str:
     """Return the content of the assistant's last turn in a cell, or of the last one that is learned; "" for none."""
-    said = [m for m in as_messages(value, "task.answer") if m["role"] == "assistant"]
+    said = [m for m in _as_turns(value, "assistant", "task.answer") if m["role"] == "assistant"]
     texts = [m["content"] or "" for m in said if not learned or m.get("weight", 1.0)]
     return str(texts[-1]) if texts else ""
 
@@ -424,7 +443,7 @@ def _as_message(given: Any, where: str) -> Message:
     elif not isinstance(kept["tool_calls"], list):
         raise DataError(where, f"tool_calls are {str(kept['tool_calls'])[:120]!r}", allowed="a list of calls")
     # Unknown roles are unchanged, because the template may support them.
-    known = _ROLES.get(name, name if name in ("system", "user", "assistant", "tool") else role)
+    known = _ROLES.get(name, name if name in _KNOWN_ROLES else role)
     return {"role": known, "content": content, **kept}
 
 

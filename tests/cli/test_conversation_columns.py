@@ -196,3 +196,49 @@ def test_the_loss_is_the_mean_by_weight() -> None:
     assert float(loss) == pytest.approx(float(2 * apart[0][0] + 0.5 * apart[1][0]), rel=1e-5)
     assert float(items) == 2 * 3 + 0.5 * 3
     assert task.loss({}, output, torch.stack([ids, weights], dim=1))[0] == loss
+
+
+ASKED = [{"role": "user", "content": "hi"}]
+SAID = [{"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "learned"),
+    [(ASKED, "yo", "yo"), ("hi", SAID, "yo"), (json.dumps(ASKED), '[{"name": 1}]', '[{"name": 1}]'),
+     (ASKED, "[1]", "[1]")],
+)  # fmt: skip
+def test_a_text_beside_messages_is_one_turn(
+    desk: Path, plain: Path, prompt: Any, completion: Any, learned: str
+) -> None:  # fmt: skip
+    """It was joined to the messages in Python's notation."""
+    write(desk / "rows.jsonl", [{"prompt": prompt, "completion": completion}] * 4)
+    out = prepare(plain, "rows.jsonl").stderr
+    assert "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" + learned in out
+    assert f"learned: {learned}<|im_end|>" in out
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "hi", "completion": ["a", "b"]}, {"prompt": ["a"], "completion": "b"}, {"text": ["a", "b"]},
+            {"instruction": "a", "output": [{"c": 1}]}],
+)  # fmt: skip
+def test_lists_are_not_learned_as_text(desk: Path, plain: Path, row: dict[str, Any]) -> None:
+    write(desk / "rows.jsonl", [row] * 4)
+    out = prepare(plain, "rows.jsonl")
+    assert out.exit_code == 3
+    assert "rows.jsonl:1: got " in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"), [("context", "response"), ("input", "response"), ("context", "output"), ("input", "output")]
+)
+def test_what_belongs_to_an_instruction_is_shown(desk: Path, plain: Path, context: str, answer: str) -> None:
+    """Dolly's rows have a context and a response."""
+    write(desk / "rows.jsonl", [{"instruction": "sum", context: "1 2", answer: "3"}] * 4)
+    assert "user\nsum\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>" in prepare(plain, "rows.jsonl").stderr
+
+
+def test_roles_of_unknown_speakers_are_reported(desk: Path, plain: Path) -> None:
+    talk = [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}, {"from": "gpt", "value": "c"}]
+    write(desk / "rows.jsonl", [{"conversations": talk}] * 4)
+    assert "turns of 'bing' (3 rows) are not learned: answers have the role" in prepare(plain, "rows.jsonl").stderr
+    assert "not learned" not in prepare(plain, "rows.jsonl", "task.loss_on=all").stderr

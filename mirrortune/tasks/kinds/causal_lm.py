@@ -58,6 +58,7 @@ from mirrortune.tasks.conversations import (
     EMPTY,
     SILENT,
     additions,
+    as_text,
     asked_conversation,
     asked_text,
     begins_with_space,
@@ -118,7 +119,7 @@ class Task(TextTask, WritesText, Answers):
     system: str = field(default="", metadata=RARE)
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
-    version: int = 4
+    version: int = 5
 
     @classmethod
     @override
@@ -326,7 +327,7 @@ class Task(TextTask, WritesText, Answers):
     def answer_text(self, cell: Any, *, learned: bool = False) -> str:
         """Return the text of an answer: the cell itself, or the last (learned) message of the assistant in it."""
         is_chat = self.layout in ("messages", "turns")
-        return last_answer(cell, learned=learned) if is_chat else str(cell or "")
+        return last_answer(cell, learned=learned) if is_chat else "" if cell is None else str(cell)
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -457,7 +458,7 @@ class Task(TextTask, WritesText, Answers):
         if processor.is_chat:
             talk = asked_conversation(self.layout, own, added, where, self.system)
             return encode_prompt(processor.tokenizer, talk, where)
-        prompt, before = asked_text(self.layout, ["" if value is None else str(value) for value in own], added, where)
+        prompt, before = asked_text(self.layout, [as_text(value, where) for value in own], added, where)
         if self.layout == "text":
             return encode_continuation(processor.tokenizer, "", prompt)[0][:-1]
         if prompt and not (prompt[-1].isspace() or self.is_spaced):
@@ -474,7 +475,7 @@ class Task(TextTask, WritesText, Answers):
                 tokenizer, row_conversation(self.layout, row, added, where, self.system), where, learn_all=learn_all,
                 may_be_empty=reading.allow_missing, counts=counts,
             )  # fmt: skip
-        texts = ["" if value is None else str(value) for value in row]
+        texts = [as_text(value, where) for value in row]
         if self.layout == "text":
             return encode_continuation(tokenizer, "", texts[0])
         completion = texts.pop()

@@ -214,3 +214,11 @@ def test_an_answer_that_the_template_does_not_write_is_reported(template: str) -
 def test_common_templates_need_no_note(template: str) -> None:
     unanswered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     assert notes_on(template, TALK, TALK[:2], TALK[2:], TALK[2:3], unanswered, system="Be kind.") == ()
+
+
+def test_turns_that_the_template_leaves_out_are_reported() -> None:
+    """As Qwen's does with the role that OpenAI's newer files have in place of the system."""
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}")
+    talk: list[dict[str, Any]] = [{"role": "developer", "content": "Be brief."}, *TALK]
+    (found,) = notes_on(template, talk)
+    assert found == "the chat template leaves out or changes parts of turns of 'developer', as of 'Be brief.'"
