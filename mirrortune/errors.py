@@ -18,6 +18,7 @@ module of mirrortune.
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import inspect
 import re
@@ -200,12 +201,14 @@ def first_of(names: Iterable[str], most: int = 40, joint: str = ", ") -> str:
 def known_error(error: BaseException) -> ResourceError | None:
     """Return the error to report for a known exception of torch or the system, or None for any other exception.
 
-    Known are: a device out of memory, a model that does not compute in 16 bits, a GPU that torch has no code for, and a
-    file or folder without permission, such as a folder that may be entered but not listed.
+    Known are: a device out of memory, a model that does not compute in 16 bits, a GPU that torch has no code for, a
+    file or folder without permission, such as a folder that may be entered but not listed, and a name that is too long.
     """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
         fix = "Permit it (chmod u+rx for a folder), or choose another path"
         return ResourceError(error.filename, "permission denied", fix=fix)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG and isinstance(error.filename, str):
+        return ResourceError(error.filename, "the name is too long for this file system", fix="Choose a shorter one")
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     is_torch = isinstance(error, RuntimeError)
     if isinstance(error, MemoryError) or (is_torch and any(words in text for words in _OUT_OF_MEMORY)):

@@ -123,7 +123,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             Reporter().error("interrupted")
             raise typer.Exit(130) from None
-        except (MemoryError, RuntimeError, PermissionError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             await_launcher(error)
             known = known_error(error)
             if known is None or kwargs.get("debug"):

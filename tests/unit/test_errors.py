@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from unittest.mock import Mock
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_name_with_line_breaks_or_without_an_end_stays_one_short_line() -> Non
         (RuntimeError("value cannot be converted to type at::Half without overflow"), "train.precision"),
         (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"), "train.precision"),
         (PermissionError(13, "Permission denied", "rows"), "rows"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "rows"), "rows"),
     ],
 )
 def test_what_a_device_or_a_folder_cannot_do_is_an_error_for_the_user(error: BaseException, where: str) -> None:
@@ -74,5 +76,6 @@ def test_other_exceptions_are_bugs() -> None:
         RuntimeError(),
         ValueError("out of memory"),
         PermissionError(),
+        FileNotFoundError(errno.ENOENT, "No such file", "rows"),
     ):
         assert known_error(error) is None
