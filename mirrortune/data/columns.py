@@ -39,6 +39,8 @@ _MEDIA_NAMES = {
     "image": ("image", "img", "picture", "photo"), "audio": ("audio", "speech", "recording", "sound"),
 }  # fmt: skip
 _PATH_NAMES = ("path", "file_name", "filename", "file")
+# Columns of answers that TRL, LLaMA-Factory and ms-swift mark as wanted or not.
+_MARKED = (("prompt", "completion"), ("prompt", "response"), ("messages",), ("conversations",))
 # Number of sampled rows, and of the slices that they come from: files are often sorted by class.
 _SAMPLE, _PLACES = 4000, 80
 # A label has few words, and each of its values occurs in several rows.
@@ -266,13 +268,15 @@ def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
 def refuse_preferences(table: pa.Table, source: str) -> None:
     """Raise a DataError if rows hold preferences, so that no rejected answer is trained on as if it were plain text.
 
-    Preferences have the columns chosen and rejected, or prompt, completion and a label of true and false.
+    Preferences have the columns chosen and rejected, or answers and a label of true and false.
     """
     lowered = {name.lower(): table.schema.field(name).type for name in table.column_names}
+    marks = [name for name in ("label", "kto_tag") if pa.types.is_boolean(lowered.get(name, pa.null()))]
+    answers = [names for names in _MARKED if marks and lowered.keys() >= {*names}]
     if {"chosen", "rejected"} <= lowered.keys():
         what = "columns chosen and rejected"
-    elif {"prompt", "completion"} <= lowered.keys() and pa.types.is_boolean(lowered.get("label", pa.null())):
-        what = "columns prompt, completion and a label of true and false"
+    elif answers:
+        what = f"columns {', '.join(answers[0])} and a {marks[0]} of true and false"
     else:
         return
     raise DataError(

@@ -216,6 +216,9 @@ PAIRS = {"chosen": "good film", "rejected": "bad film"}
           for row in (PAIRS, {"prompt": "the film was", **PAIRS}, {"text": "the film was", **PAIRS})),
         ("causal-lm", {"prompt": "the film was", "completion": "bad", "label": False}),
         ("seq2seq", {"prompt": "the film was", "completion": "bad", "label": True}),
+        ("causal-lm", {"prompt": "the film was", "response": "bad", "label": False}),
+        *(("causal-lm", {"messages": [{"role": "assistant", "content": "bad"}], mark: False})
+          for mark in ("label", "kto_tag")),
     ],
 )  # fmt: skip
 def test_one_side_of_preferences_is_not_learned(
