@@ -104,7 +104,7 @@ class FileCells:
         if isinstance(error, MirrortuneError):
             return error
         value: Any = self.cells[row].as_py()
-        path = value.get("path") if isinstance(value, dict) else value
+        path = value.get("path") or value.get("bytes") if isinstance(value, dict) else value
         name = f" '{path[:_SHOWN]}{'...' * (len(path) > _SHOWN)}'" if isinstance(path, str) else ""
         reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)}"
         reason = "it is missing" if value is None else reason

@@ -69,8 +69,10 @@ def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path: Path, name: str, is
         ("a.png", "its image 'a.png' cannot be read (FileNotFoundError: "),
     ],
 )
-def test_a_url_and_content_as_text_are_said_to_be_no_files(tmp_path: Path, name: str, says: str) -> None:
-    split = Split(table=pa.table({"file": [name]}), source="rows", folder=tmp_path)
+@pytest.mark.parametrize("key", ["", "path", "bytes"])
+def test_a_url_and_content_as_text_are_said_to_be_no_files(tmp_path: Path, name: str, says: str, key: str) -> None:
+    cell = {"bytes": None, "path": None, key: name} if key else name  # as json files hold the structs of datasets
+    split = Split(table=pa.table({"file": [cell]}), source="rows", folder=tmp_path)
     cells = FileCells.of(split, "file", role="image", readable="png")
     with pytest.raises(OSError, match=r"No such file|name too long") as caught:
         Image.open(cells.open(0))
