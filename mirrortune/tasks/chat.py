@@ -211,7 +211,7 @@ def template_notes(
                              f"{lacking[:80]!r}, which these answers do not follow in training. Begin them so, or "
                              "correct the template")  # fmt: skip
         written = "".join(whole.split())
-        asked = [m for m in talk.messages if m["role"] != "assistant"]  # earlier answers may lose their reasoning
+        asked = [m for m in talk.messages if m["role"] not in ("assistant", "tool")]  # those are often rewritten
         for message in (*asked, talk.messages[answers[-1]]):
             said, role = str(message["content"] or ""), message["role"]
             if "".join(said.split()) not in written:

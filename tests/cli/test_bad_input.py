@@ -524,7 +524,7 @@ BAD: dict[str, Bad] = {
     "evaluation of an unfinished run": Bad(
         "eval killed -d reviews.csv",
         2,
-        ("killed: this run has not finished, it has no adapter yet. Continue it: train ... --resume",),
+        ("killed: this run has not finished, it has no adapter yet. Wait until it ends, or continue it: train",),
         change=unfinished,
     ),
     "evaluation without a task": Bad("eval {model} -d reviews.csv", 2, ("--task not given",)),

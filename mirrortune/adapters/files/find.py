@@ -24,7 +24,9 @@ def find_adapter(target: str) -> Path | None:
         return path / "adapter"
     if (path / "checkpoints").is_dir():
         raise ConfigError(
-            target, "this run has not finished, it has no adapter yet", fix="Continue it: train ... --resume"
+            target,
+            "this run has not finished, it has no adapter yet",
+            fix="Wait until it ends, or continue it: train ... --resume",
         )
     return None
 
