@@ -47,6 +47,11 @@ def test_the_answer_that_is_scored_is_the_last_one_that_is_learned() -> None:
     assert reader.tokenizer.decode(examples.prompt(0)) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_an_expected_answer_may_be_zero() -> None:
+    rows: list[Any] = [("1 - 1?", 0), ("1 + 1?", 2)]
+    assert encoded(rows)[1].expected == ("0", "2")
+
+
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "OPT"])
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_a_batch_gives_what_each_row_gives_alone(family: str, form: str) -> None:
