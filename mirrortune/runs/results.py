@@ -27,7 +27,7 @@ from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, MirrortuneError, VerificationError, counted
 from mirrortune.reports import html, model_card
 from mirrortune.reports.drawing import write_figure
-from mirrortune.reports.finished_run import FinishedRun, read_json, regular_file
+from mirrortune.reports.finished_run import FinishedRun, damage, read_json, regular_file
 from mirrortune.reports.run_figures import learning_curves
 from mirrortune.reports.run_page import run_page
 from mirrortune.runs.adapted_base import base_identity
@@ -36,7 +36,7 @@ from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision, uses_cuda
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
-from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
+from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace, json_object_or_none
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.metrics import METRICS
@@ -44,6 +44,7 @@ from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import FitResult
 
 _ENVIRONMENT = "environment.json"
+_UNSET = (None, "auto")  # settings that a default replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +110,56 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
     regular_file(run.path, run.recipe.name)  # otherwise the page and the card could not be written at the end
+    before, now = as_started(read_saved_recipe(run.recipe), run), as_started(recipe, run)
     differing = [
-        ConfigError(f"--resume: {key}", f"the run was started with {was}, got {now}", fix="Use the same settings")
-        for key, was, now in changed_settings(read_saved_recipe(run.recipe), recipe, _FREE)
+        ConfigError(f"--resume: {key}", f"the run was started with {old}, got {new}", fix="Use the same settings")
+        for key, old, new in changed_settings(before, now, _FREE)
     ]
     if differing:
         raise ConfigError.several(differing)
+
+
+def as_started(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """Return the recipe of a resumed run, with the defaults that the run was started with.
+
+    The present ones may be others: a later version of mirrortune, or another device, chooses them.
+
+    Raises:
+        VerificationError: the recorded defaults are damaged.
+    """
+    path = run.path / _ENVIRONMENT
+    used = (json_object_or_none(path) or {}).get("defaults", {})
+    sections = recipe.model_dump(mode="json")
+    with damage(str(path)):
+        for key, value in used.items():
+            section, _, name = key.partition(".")
+            own = sections[section][name]
+            if isinstance(value, dict):
+                sections[section][name] = {**value, **own}
+            elif own in _UNSET:
+                sections[section][name] = value
+        return Recipe.model_validate_json(json.dumps(sections))
+
+
+def _defaults(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Return the values that a run uses for settings without one, by dotted key; see :func:`as_started`."""
+    given, settings, task = flatten(recipe), job.settings, job.task
+    spec = settings.adapter
+    settled = spec.settled()
+    used = {
+        "model.dtype": str(job.dtype).removeprefix("torch."),
+        "task.metrics": task.metric_names,
+        "task.selection_metric": task.selection_metric,
+        "data.max_length": job.max_length,
+        "adapter.pairing": settled.pairing,
+        "train.lr": settings.loop.lr,
+        "train.precision": resolve_precision(settings.model.precision),
+    }
+    of_task = {key: getattr(task, key.partition(".")[2], None) for key in given}
+    used |= {key: value for key, value in of_task.items() if type(value) in (int, float)}
+    options = {key: value for key, value in settled.options.items() if key not in spec.options}
+    found = {key: value for key, value in used.items() if value is not None and given[key] in _UNSET}
+    return {**found, "adapter.options": options}
 
 
 def changed_settings(before: Recipe, now: Recipe, free: Collection[str]) -> Iterator[tuple[str, str, str]]:
@@ -368,6 +413,7 @@ def environment(
         "data": job.data_origin,
         "argv": sys.argv,
         "origins": resolved.origins,
+        "defaults": _defaults(job, resolved.recipe),
     }
 
 

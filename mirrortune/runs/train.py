@@ -26,6 +26,7 @@ from mirrortune.runs.prepare import remarks_on_steps
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
+    as_started,
     check_same_base,
     check_same_data,
     check_same_recipe,
@@ -70,6 +71,8 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = _run_to_write(resolved, settings, recipe_name, resume=resume)
+    if resume:
+        settings = unpack(as_started(recipe, run))
     # Absolute paths, so that the saved recipe reproduces the run from any working directory.
     recipe = with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
     settings = replace(

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mirrortune.adapters.files.description import FORMAT_VERSION
-from mirrortune.adapters.methods import method_names, preset
+from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.methods import PRESETS, method_names, preset
 from mirrortune.config import strict_yaml
 from mirrortune.merging import write as merge_folder
 from mirrortune.runs import recorder
 from mirrortune.training import trainer
 from mirrortune.training.evaluate import EvalResult, evaluate_split
+from mirrortune.training.trainer import Trainer
 from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -479,6 +481,30 @@ def test_a_run_is_continued_only_on_its_own_data_and_base(desk: Path, tiny_model
     assert "the data is not that of the run: reviews.csv has changed. Restore the data, or start" in other_data.said
     assert f"the weights of '{base}' are not those that the run was started with" in other_base.said
     assert (desk / "run" / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_is_continued_with_the_defaults_that_it_was_started_with(
+    desk: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1]
+    fitted = Mock(side_effect=Trainer)
+    monkeypatch.setattr("mirrortune.runs.train.Trainer", fitted)
+    mirrortune(*words, "-o", "run")
+    later = replace(PRESETS["mirror-scale"], lr=0.5, options={"scale_top_k": "all", "unit": "angle"})
+    monkeypatch.setitem(PRESETS, "mirror-scale", later)
+    monkeypatch.setattr("mirrortune.data.tokenize.resolve_max_length.__defaults__", (16,))
+
+    again = mirrortune(*words, "-o", "run", "--resume")
+    named = mirrortune("train", "run/recipe.yaml", "--lr", 0.02, "--resume")
+    other = mirrortune(*words, "-o", "run", "--lr", 0.5, "--resume")
+    mirrortune(*words, "-o", "new")
+
+    assert (again.exit_code, named.exit_code) == (0, 0), again.said + named.said
+    assert "--resume: train.lr: the run was started with 0.02, got 0.5. Use the same settings." in other.said
+    assert [call.kwargs["settings"].lr for call in fitted.call_args_list] == [0.02, 0.02, 0.02, 0.5]
+    specs = [attachment(call.args[0]).spec.resolved_options["unit"] for call in fitted.call_args_list[1:]]
+    assert specs == ["weight", "weight", "angle"]
+    assert [call.kwargs["train"].max_length for call in fitted.call_args_list] == [64, 64, 64, 16]
 
 
 def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, copy: Path) -> None:

@@ -14,11 +14,13 @@ import torch
 from safetensors.numpy import load_file
 
 from mirrortune.adapters.fingerprint import sampled_digest
+from mirrortune.adapters.methods import method_names
 from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.runs import results
-from mirrortune.runs.results import check_same_base, check_same_data, check_same_recipe
+from mirrortune.runs.checks import unpack
+from mirrortune.runs.results import as_started, check_same_base, check_same_data, check_same_recipe
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_class
 from mirrortune.tasks.metrics import Scores
@@ -103,6 +105,22 @@ def test_everything_else_is_refused_by_name(run: RunDirectory, key: str) -> None
 
     with pytest.raises(ConfigError, match=rf"--resume: {key}: the run was started with .*Use the same settings"):
         check_same_recipe(changed, run)
+
+
+@pytest.mark.parametrize("method", method_names(with_peft=False))
+def test_recorded_defaults_are_those_of_a_run_that_names_none(run: RunDirectory, method: str) -> None:
+    given = {"kind": "audio-classification"}, {"name": "base"}, {"path": "rows.csv"}, {"method": method}
+    recipe = Recipe.model_validate(dict(zip(("task", "model", "data", "adapter"), given, strict=True)))
+    settings, task = unpack(recipe), Mock(metric_names=("accuracy",), selection_metric="accuracy", max_seconds=10.0)
+    job = Mock(settings=settings, task=task, dtype=torch.bfloat16, max_length=None)
+    run.write_json("environment.json", {"defaults": results._defaults(job, recipe)})
+
+    again = as_started(recipe, run)
+
+    assert unpack(again).adapter.settled() == settings.adapter.settled()
+    assert again.train.lr == settings.loop.lr
+    assert (again.train.precision, again.model.dtype, again.data.max_seconds) == ("fp32", "bfloat16", 10.0)
+    assert (again.task.metrics, again.data.max_length) == (("accuracy",), None)
 
 
 def test_a_permission_in_a_saved_recipe_permits_nothing_and_is_no_difference(run: RunDirectory) -> None:
