@@ -211,7 +211,7 @@ def data_changes(run: RunDirectory, origin: dict[str, Any], others: Collection[s
     """
     try:
         known = read_json(run.path / _ENVIRONMENT).get("data")
-    except (MirrortuneError, TypeError):  # a damaged file; it is of no other use here
+    except MirrortuneError:  # a damaged file; it is of no other use here
         return []
     before, now = (
         {key: value for key, value in _leaves(json.loads(json.dumps(each))) if _is_of_rows(key)}

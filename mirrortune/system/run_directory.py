@@ -440,12 +440,13 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    found = []
+    found: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        with suppress(ValueError, RecursionError):
+            if isinstance(entry := json.loads(line), dict):
+                found.append(entry)
+                continue
+        break
     return found
 
 

@@ -174,6 +174,19 @@ def test_data_that_was_not_recorded_is_not_compared_and_a_note_says_so(run: RunD
     assert "not compared" in reporter.note.call_args.args[0]
 
 
+@pytest.mark.parametrize("text", ["[1]", "7", "{"])
+def test_a_damaged_environment_is_refused_by_name(run: RunDirectory, text: str) -> None:
+    run.write_text("environment.json", text)
+
+    for check in (lambda: check_same_data(Mock(data_origin=DATA), run, Mock()), lambda: check_same_base({}, run)):
+        with pytest.raises(ConfigError, match=r"environment\.json: damaged .*Restore the run directory"):
+            check()
+    assert as_started(Recipe(), run) == Recipe()
+    run.write_json("environment.json", {"defaults": {"train.lr": "x"}})
+    with pytest.raises(VerificationError, match=r"environment\.json: a file of the run is damaged"):
+        as_started(Recipe(), run)
+
+
 @pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.bias"])
 def test_a_base_with_another_weight_is_refused(run: RunDirectory, name: str) -> None:
     model = tiny_bert()

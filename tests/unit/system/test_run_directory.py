@@ -221,14 +221,15 @@ def test_pythons_random_state_comes_with_the_checkpoint(run: RunDirectory) -> No
     assert [random.random(), random.gauss(0, 1)] == expected
 
 
-def test_the_log_is_appended_read_and_rewound(run: RunDirectory) -> None:
+@pytest.mark.parametrize("cut", ['{"event": "train", "st', "[1]\n", "[" * 100_000])
+def test_the_log_is_appended_read_and_rewound(run: RunDirectory, cut: str) -> None:
     assert run.events() == []
     events = [{"event": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
     for event in events:
         run.log(event)
     assert run.events() == events
     with run.metrics.open("a") as file:
-        file.write('{"event": "train", "st')  # cut short by a crash
+        file.write(cut)  # by a crash, or damaged
     assert run.events() == events
     run.rewind_log(2)
     assert run.events() == events[:2]
