@@ -294,14 +294,15 @@ def _refuse_rejected(table: pa.Table, source: str) -> None:
     if "answer" not in table.column_names or not is_string(table.schema.field("answer").type):
         return
     counts = {cell["values"]: cell["counts"] for cell in table.column("answer").value_counts().to_pylist()}
-    if not {"accept"} < counts.keys() <= {"accept", "reject", "ignore"}:
+    counts.pop(None, None)
+    if not counts.keys() <= {"accept", "reject", "ignore"} or counts.keys() <= {"accept"}:
         return
     lost = " and ".join(f"'{word}' for {counted(counts[word], 'row')}" for word in counts if word != "accept")
     raise DataError(
         source, f"column 'answer' of an annotator is {lost}, whose labels are wrong or unknown",
         allowed="rows with the answer 'accept'",
         fix="Leave the others out (jq -c 'select(.answer == \"accept\")' FILE.jsonl > rows.jsonl), or learn accept "
-        "against reject with --label-column answer",
+        "against reject with --label-column answer" if "accept" in counts else "Give rows that were accepted",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256, open_hub, refuse_hub_settings
-from mirrortune.data.files.readers import header_of
+from mirrortune.data.files.readers import header_of, refuse_cells
 from mirrortune.data.files.splits import files_by_split, files_left_out, matching_files
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
@@ -139,6 +139,8 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
         options: dict[str, Any] = {} if builder in ("parquet", "arrow") else {"encoding": encoding}
         if builder == "parquet":
             options |= {"batch_size": _PARQUET_ROWS}
+        if builder == "text":
+            refuse_cells(files[0], encoding)
         if builder == "csv":  # all cells are strings and empty ones null, as in tables that are read whole
             options |= {**_delimited(files, encoding), "keep_default_na": False, "na_values": [""]}
         paths = [glob.escape(str(file.absolute())) for file in files]  # load_dataset takes patterns

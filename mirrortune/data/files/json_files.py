@@ -17,6 +17,7 @@ import pyarrow as pa
 from mirrortune.data.files.arrow import json_array, problem_field, text_array
 from mirrortune.data.files.json_layouts import (
     only_object,
+    refuse_annotations,
     refuse_frame,
     refuse_indented_rows,
     refuse_wrapped_rows,
@@ -109,6 +110,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
             raise DataError(
                 f"{path}{sign}{number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
             )
+        refuse_annotations(f"{path}{sign}{number}", row)
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     for name in names:
         if not is_unicode(name):

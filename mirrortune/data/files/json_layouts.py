@@ -77,6 +77,17 @@ def refuse_frame(path: Path, row: Any) -> None:
         )  # fmt: skip
 
 
+def refuse_annotations(where: str, row: dict[str, Any]) -> None:
+    """Raise a DataError for a row of Label Studio's full export, whose labels are deep inside its annotations."""
+    found = row.get("annotations")
+    if isinstance(row.get("data"), dict) and _are_rows(found) and all("result" in each for each in found or ()):
+        raise DataError(
+            where, "it is from Label Studio's full JSON export, with the labels inside of lists of annotations",
+            allowed="a column of labels beside one of texts",
+            fix="Export JSON-MIN or CSV; for spans of text, CONLL2003",
+        )  # fmt: skip
+
+
 def refuse_wrapped_rows(path: Path, row: Any) -> None:
     """Raise a DataError for the only object of a file if it holds lists of rows, such as ``{"data": [...]}``.
 

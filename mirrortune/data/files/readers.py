@@ -41,6 +41,8 @@ from mirrortune.system.paths import TABLE_SUFFIXES, TAGGED_SUFFIXES, cache_folde
 _CELL_LIMIT = 1 << 28
 _SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # first line of some Excel exports
 _BLOCK = 1 << 24  # bytes decompressed at a time
+_LOOKED_AT = 100  # lines of a .txt file that may be a table
+_HEADERS = frozenset(("text", "sentence", "review", "label", "labels", "class", "category", "target", "sentiment"))
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
@@ -150,9 +152,38 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
 
 
 def _read_text(path: Path, encoding: str) -> Iterator[Part]:
+    refuse_cells(path, encoding)
     lines = ((number, line.removesuffix("\n")) for number, line in enumerate(lines_of(path, encoding, "\n"), start=1))
     for part in parts_of(((number, line), len(line)) for number, line in lines if line.strip()):
         yield pa.table({"text": text_array([line for _, line in part])}), line_numbers(part)
+
+
+def refuse_cells(path: Path, encoding: str) -> None:
+    """Raise a DataError for a table that is called .txt, as Excel's export of Unicode text is.
+
+    Each of its lines would be a text. Lines of prose have the same number of commas only by chance, so a table with
+    another sign than tabs is known by its header too.
+    """
+    begin, size = [], 0
+    for line in itertools.islice(lines_of(path, encoding, "\n"), _LOOKED_AT):
+        begin.append(line)
+        size += len(line)
+        if size > _BLOCK:
+            break
+    for sign, what, suffix in (("\t", "tabs", ".tsv"), (",", "commas", ".csv"), (";", "semicolons", ".csv")):
+        try:
+            rows = [cells for cells in csv.reader(begin, delimiter=sign) if cells]
+        except csv.Error:  # a cell is too long
+            continue
+        rows = rows[:-1] if len(begin) == _LOOKED_AT else rows  # the last one may go on
+        header, widths = rows[0] if rows else [], {len(cells) for cells in rows}
+        is_headed = sign == "\t" or not _HEADERS.isdisjoint(name.strip().lower() for name in header)
+        if len(rows) > 2 and widths == {len(header)} and len(header) > 1 and all(header) and is_headed:
+            raise DataError(
+                str(path), f"its lines are not texts but {len(header)} cells separated by {what}, as in "
+                f"{begin[0].strip()[:60]!r}", allowed="a text per line in a .txt file",
+                fix=f"Name it {suffix}, with names of columns in the first line",
+            )  # fmt: skip
 
 
 def _read_delimited(path: Path, encoding: str) -> Iterator[Part]:

@@ -118,7 +118,10 @@ def test_rows_that_an_annotator_has_rejected_are_refused() -> None:
     with pytest.raises(DataError, match=r"column 'answer' of an annotator is 'reject' for 1 row.*jq -c"):
         choose_columns(rows, None, None, "d.csv")
     assert choose_columns(rows, None, "answer", "d.csv")[1] == "answer"
-    for answers in (["accept", "accept"], ["accept", "no"], ["reject", "ignore"], [["accept"], ["reject"]]):
+    for answers in (["reject", "ignore"], ["reject", "reject"], ["ignore", None]):
+        with pytest.raises(DataError, match=rf"is '{answers[0]}' for .*\. Give rows that were accepted\."):
+            choose_columns(table("text", "label", answer=answers), None, None, "d.csv")
+    for answers in (["accept", "accept"], ["accept", "no"], ["accept", None], [["accept"], ["reject"]]):
         assert choose_columns(table("text", "label", answer=answers), None, None, "d.csv")[1] == "label"
 
 

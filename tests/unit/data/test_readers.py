@@ -471,6 +471,48 @@ def test_every_suffix_has_a_reader() -> None:
     assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *tagged}
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["text\tlabel", '"a ""great"" film\nof 1999"\tup', "an awful plot\tdown"], "2 cells separated by tabs.* .tsv"),
+        (["ham\tSee you at 8", "spam\tFree entry"] * 80, "2 cells separated by tabs, as in 'ham"),
+        (["id;Text;stars", "1;a;2", "2;b;3"], "3 cells separated by semicolons.*Name it .csv"),
+        (["review,n"] + ['"good, really",1'] * 120, "2 cells separated by commas.*Name it .csv"),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_called_txt_is_not_read_as_lines(tmp_path: Path, lines: list[str], says: str) -> None:
+    path = write(tmp_path, "a.txt", "\r\n".join(lines).encode("utf-16"))
+    with pytest.raises(DataError, match=says):
+        read_table(path, "utf-16")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Hello, world", "one, two", "three, four"],
+        ["a text, with a comma", "another, too", "and another", "one more, and, more"],
+        ["\tindented"] * 3,
+        ["1\tone", "2\ttwo"],
+        ["1\tone", "2\ttwo", "three"],
+        ['"never closed\tx', "b\tc", "d\te"],
+    ],
+)
+def test_lines_with_signs_of_tables_are_texts(tmp_path: Path, lines: list[str]) -> None:
+    assert read_table(write(tmp_path, "a.txt", "\n".join(lines)))["text"].to_pylist() == lines
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("value", [{"choices": ["up"]}, {"start": 0, "end": 4, "text": "Anna", "labels": ["PER"]}])
+def test_a_full_export_of_label_studio_gets_advice(tmp_path: Path, name: str, value: dict[str, Any]) -> None:
+    row = {"id": 1, "annotations": [{"id": 7, "result": [{"value": value}]}], "data": {"text": "Anna likes it"}}
+    rows = [row | {"annotations": []}, row]
+    text = json.dumps(rows, indent=1) if name == "a.json" else "\n".join(map(json.dumps, rows))
+
+    with pytest.raises(DataError, match=rf"{name}( row |:)2: it is from Label Studio's full .*Export JSON-MIN or CSV"):
+        read_table(write(tmp_path, name, text))
+    read_table(write(tmp_path, name, json.dumps([row | {"data": "x"}]) if name == "a.json" else json.dumps(rows[0])))
+
+
 def test_the_name_of_a_column_holds_whole_characters(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"te\\ud800xt": "x"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: the name of column 'te.ud800xt' holds half a character"):

@@ -85,6 +85,12 @@ def test_a_stream_holds_the_rows_that_reading_gives(tmp_path: Path, ending: str)
     assert sorted(epoch(opened(folder))) == sorted(row["text"] for row in ROWS)
 
 
+def test_a_table_that_is_called_txt_is_not_streamed_as_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\tlabel\n" + "good\tup\n" * 9, encoding="utf-16")
+    with pytest.raises(DataError, match="2 cells separated by tabs"):
+        opened(tmp_path / "a.txt", encoding="utf-16")
+
+
 @pytest.mark.parametrize(("pieces", "num_ranks"), [(1, 1), (3, 1), (1, 2), (4, 2), (3, 2), (2, 5)])
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_processes_share_every_row_of_an_epoch_once(tmp_path: Path, pieces: int, num_ranks: int, size: int) -> None:
