@@ -26,7 +26,7 @@ _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TAGGED_SUFFIXES = (".conll", ".bio", ".iob", ".iob2")
 """Suffixes of files of tagged words, one word per line."""
-TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *TAGGED_SUFFIXES)
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *TAGGED_SUFFIXES, ".conllu")
 # Errors for impossible file names and inaccessible folders. Missing files are reported elsewhere.
 _NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates, with which Python represents bytes it cannot decode

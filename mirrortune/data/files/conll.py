@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read files of tagged words in the form of the CoNLL tasks: one word per line, blank lines between sentences.
 
-The cells of a line are separated by tabs or spaces: the word first, its tag last, and other tags between them.
+The cells of a line are separated by tabs or spaces: the word first, its tag last, and other tags between them. Those of
+CoNLL-U, the format of Universal Dependencies, are ten: number, word, lemma, two tags, and the syntax.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ _WORDS, _TAGS = "tokens", "tags"
 _DOCUMENT = "-DOCSTART-"
 _FACTS = re.compile(r"#\s+(id|sent_id|text|newdoc|newpar)\b")  # of the sentence below; other comments have other cells
 _TAG = re.compile(r"O|[BIESLU]-\S+")
+# Columns of CoNLL-U after the number of the word, as the data sets on the Hub call them; two more are not read.
+_OF_TREES = ("tokens", "lemmas", "upos", "xpos", "feats", "head", "deprel")
+_WIDTH = 10
+_NUMBER = re.compile(r"[0-9]+([-.][0-9]+)?")
 _Line = tuple[int, str]
 
 
@@ -38,6 +43,52 @@ def read_tagged_words(path: Path, encoding: str) -> Iterator[Part]:
         _refuse_tags_first(path, columns)
         arrays = [pa.array(cells, type=pa.list_(pa.string())) for cells in columns]
         yield pa.table(arrays, names=names), line_numbers(part)
+
+
+def read_treebank(path: Path, encoding: str) -> Iterator[Part]:
+    """Yield the sentences of a CoNLL-U file part by part: columns ``tokens``, ``upos``, ``xpos`` and others, with lists
+    of texts.
+
+    Comments, lines of several words written as one (``1-2``) and empty nodes (``8.1``) are left out, and so are columns
+    without annotation (``_``); ``upos`` is null for sentences without it, and elsewhere ``_`` is a value.
+
+    Raises:
+        DataError: a line has not ten cells separated by tabs, or the file holds no words.
+    """
+    for part in parts_of(_trees(path, encoding)):
+        found = dict(zip(_OF_TREES, zip(*(columns for _, columns in part), strict=True), strict=False))
+        known = {name: [None if {*row} == {"_"} else row for row in rows] for name, rows in found.items()}
+        if part and not any(known[_WORDS]):
+            raise DataError(
+                str(path), "its words are left out ('_' in the column FORM), as in treebanks of texts with a licence",
+                fix="Fill them in with the script of the treebank",
+            )  # fmt: skip
+        columns = {name: rows if name == "upos" else found[name] for name, rows in known.items() if any(rows)}
+        arrays = [pa.array(rows, type=pa.list_(pa.string())) for rows in columns.values()]
+        yield pa.table(arrays, names=list(columns)), line_numbers(part)
+
+
+def _trees(path: Path, encoding: str) -> Iterator[tuple[tuple[int, list[list[str]]], int]]:
+    """Yield the line, the columns and the size in characters of each sentence."""
+    for block in _blocks(path, encoding):
+        rows = []
+        for number, line in block:
+            if line.startswith("#"):
+                continue
+            cells = line.split("\t")
+            if len(cells) != _WIDTH or not all(cells) or not _NUMBER.fullmatch(cells[0]):
+                raise DataError(
+                    f"{path}:{number}", f"it is not a line of CoNLL-U: {line[:60]!r}",
+                    allowed=f"{_WIDTH} cells separated by tabs: the number of the word, the word, its lemma, UPOS, "
+                    "XPOS and so on, with _ for what is missing",
+                    fix="Correct the line, or name a file of other columns .conll",
+                )  # fmt: skip
+            if cells[0].isdecimal():
+                rows.append((number, cells[1 : len(_OF_TREES) + 1]))
+        if rows:
+            columns = [list(column) for column in zip(*(cells for _, cells in rows), strict=True)]
+            size = sum(len(line) for _, line in block)
+            yield (rows[0][0], columns), size
 
 
 def _refuse_tags_first(path: Path, columns: list[tuple[list[str], ...]]) -> None:

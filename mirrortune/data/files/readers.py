@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt, conll; gzipped or not) into Arrow tables.
+"""Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt, conll, conllu; gzipped or not) into Arrow tables.
 
 csv is parsed by the standard library instead of Arrow: ``pyarrow.csv`` gives no line numbers of rows, accepts quotes
 that are never closed, and cannot drop the empty cells that spreadsheets append. Files are read part by part, except for
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import problem_field, text_array
-from mirrortune.data.files.conll import read_tagged_words
+from mirrortune.data.files.conll import read_tagged_words, read_treebank
 from mirrortune.data.files.json_files import read_json_file, read_json_lines
 from mirrortune.data.files.json_layouts import is_json_object
 from mirrortune.data.files.row_places import FileRows, IntArray
@@ -55,7 +55,7 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row per line) file, one of tagged words (.conll,
-            .bio, .iob), or one of them with .gz.
+            .bio, .iob, .conllu), or one of them with .gz.
         encoding: of the text formats; a byte order mark is dropped.
 
     Returns:
@@ -357,5 +357,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[Part]]] = {
     ".arrow": _read_arrow,
     ".txt": _read_text,
     **dict.fromkeys(TAGGED_SUFFIXES, read_tagged_words),
+    ".conllu": read_treebank,
 }
 assert tuple(READERS) == TABLE_SUFFIXES

@@ -158,6 +158,11 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file belongs to by its name: train-00000-of-00002.csv.gz is train."""
-    stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
+    """Return the split that a file belongs to by its name: train-00000-of-00002.csv.gz and, of a treebank,
+    en_ewt-ud-train.conllu are train.
+    """
+    stem = path.name.lower().split(".")[0]
+    if table_suffix(path) == ".conllu":
+        stem = stem.rpartition("-ud-")[2]
+    stem = re.split(r"[-_]\d", stem, maxsplit=1)[0]
     return next((split for split, names in SPLIT_NAMES.items() if stem in names), None)

@@ -468,7 +468,7 @@ def test_a_column_whose_name_is_no_text_is_refused(tmp_path: Path, suffix: str) 
 
 def test_every_suffix_has_a_reader() -> None:
     tagged = {".conll", ".bio", ".iob", ".iob2"}
-    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *tagged}
+    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", *tagged, ".conllu"}
 
 
 @pytest.mark.parametrize(
