@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from mirrortune.config.foreign_names import advice_on, key_of
+from mirrortune.config.schema import AdapterSection
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -96,12 +97,17 @@ class Registry(Generic[T]):
 def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: str, where: str) -> list[ConfigError]:
     """Return errors for the options ``given`` to ``owner``, whose options and types are ``hints``."""
     errors = []
+    section, is_nested, _ = where.partition(".options")
+    settings = [name for name in AdapterSection.model_fields if name not in hints] if is_nested else []
     for key, value in given.items():
         if key not in hints and (known := _known_elsewhere(key, where)):
             errors.append(ConfigError(f"{where}.{key}", f"{owner} has no option '{key}'", fix=known))
             continue
         if key not in hints:
-            problem = f"{owner} has no option '{key}'.{did_you_mean(key, hints)}"
+            near = did_you_mean(key, [*hints, *settings])
+            for name in settings:
+                near = near.replace(f"'{name}'", f"{section}.{name}")
+            problem = f"{owner} has no option '{key}'.{near}"
             allowed = ", ".join(sorted(hints)) or "no options"
         elif not _fits(value, hints[key]):
             problem, allowed = f"got {value!r}", _describe(hints[key])

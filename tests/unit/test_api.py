@@ -119,6 +119,8 @@ def test_every_argument_is_used() -> None:
         ({"target_modules": "nothing"}, "matches none"),
         ({"scale_topk": 2}, "Did you mean 'scale_top_k'"),
         ({"scale_top_k": -2}, "scale_top_k: got -2"),
+        ({"target_module": "query"}, r"has no option 'target_module'\. Did you mean target_modules\? Allowed: "),
+        ({"method": "lora", "also_trains": "norms"}, r"Did you mean also_train\?"),
         ({"method": "adaptive"}, "is measured on a task, and there is none here"),
         ({"r": 8}, r"has no option 'r'\. It is rank here\.$"),
         ({"modules_to_save": ["pooler"]}, r"It is also_train here\.$"),

@@ -77,6 +77,8 @@ def test_unknown_options_are_refused_all_at_once(registry: Registry) -> None:
         registry.check_options("mirror", {"a": 1, "rank": 2}, "adapter.options")
     assert str(caught.value).count("Allowed: no options") == 1
     assert "adapter.options.rank: pairing 'mirror' has no option 'rank'. It is adapter.rank here." in str(caught.value)
+    with pytest.raises(ConfigError, match=r"has no option 'paring'\. Did you mean adapter\.pairing\? Allowed: "):
+        registry.check_options("block", {"paring": "random"}, "adapter.options")
     with pytest.raises(ConfigError, match=r"has no option 'lora_alpha'\. Allowed: "):  # not a setting of all methods
         registry.check_options("block", {"lora_alpha": 3}, "adapter.options")
     with pytest.raises(ConfigError, match=r"has no option 'learning_rate'\. Allowed: "):  # of another section
