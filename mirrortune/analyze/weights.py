@@ -145,8 +145,8 @@ class AdaptedWeights(Weights):
         plain = self.adapter.tensors.get(f"param.{own}")
         if plain is not None:
             return plain if plain.shape == weight.shape else weight
+        changed = weight.double()  # as merged: what training rounded is no change of the adapter's
         weight = weight.to(DTYPES[self.adapter.base["dtype"]])
-        changed = weight.double()
         for layer in self._layers(own):
             layout = self.adapter.layouts[layer]
             factors = trained_factors(self.adapter, layer, layout.matrix(weight).contiguous(), self.factors)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModel
 
 import mirrortune
 from mirrortune.adapters.inject import spectral_layers
@@ -186,6 +187,18 @@ def test_an_adapter_is_merged_matrix_by_matrix(tmp_path: Path, spec: AdapterSpec
     untouched = "embeddings.word_embeddings.weight"
     assert torch.equal(after.read(untouched), before.read(untouched))
     assert isinstance(open_pair(str(folder), None, None, None)[0], StoredWeights), "an adapter knows its base"
+
+
+def test_the_rounding_of_training_in_16_bits_is_no_change(tmp_path: Path) -> None:
+    """The base is stored in float32, and a merge adds the adapter's change to that."""
+    base = write_tiny_model(tmp_path / "base")
+    model = AutoModel.from_pretrained(base, dtype=torch.bfloat16)
+    mirrortune.attach(model)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    before, after = open_pair(str(base), str(tmp_path / "adapter"), None, None)
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before.read(name), before.read(name).bfloat16().float())
+    assert torch.allclose(after.read(name), before.read(name).double(), rtol=0, atol=1e-9)
 
 
 def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
