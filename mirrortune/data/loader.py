@@ -81,10 +81,11 @@ def _drawn_evenly(classes: npt.NDArray[np.int64], random: np.random.Generator) -
 def micro_batches(batch: Rows, lengths: npt.NDArray[Any], *, num_micro: int, num_ranks: int, rank: int) -> list[Rows]:
     """Return the ``num_micro`` parts of a global batch that ``rank`` computes, some of which may be empty.
 
-    Rows are sorted by length before they are divided, so that each part needs little padding.
+    Rows are sorted by length before they are divided, so that each part needs little padding. The parts of all ranks
+    at the same moment, whose rows some tasks compare with each other, are those of one process.
     """
     ordered = batch[np.argsort(lengths[batch], kind="stable")]
-    return np.array_split(ordered, num_micro * num_ranks)[rank::num_ranks]
+    return [np.array_split(part, num_ranks)[rank] for part in np.array_split(ordered, num_micro)]
 
 
 def forward(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Batch, Any, Tensor]:

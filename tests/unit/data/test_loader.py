@@ -226,6 +226,9 @@ def test_micro_batches_partition_the_batch(
     assert sorted(np.concatenate(parts).tolist()) == sorted(batch.tolist())
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+    # Rows that are compared with each other are the same as those of one process.
+    alone = micro_batches(batch, lengths, num_micro=num_micro, num_ranks=1, rank=0)
+    assert [np.concatenate(together).tolist() for together in zip(*shares, strict=True)] == [p.tolist() for p in alone]
     # Ranks share the long rows: at the same moment, all are at parts of about the same length.
     flat = [int(lengths[part].max()) for index in range(num_micro) for part in [s[index] for s in shares] if len(part)]
     assert flat == sorted(flat)
