@@ -46,6 +46,11 @@ class Examples(ABC):
     def lengths(self) -> IntArray:
         """Number of model positions of each row, shape (N,); rows of similar length are batched together."""
 
+    @property
+    def num_tokens(self) -> IntArray:
+        """Number of tokens of each row without padding, shape (N,)."""
+        return self.lengths
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -244,7 +244,7 @@ class Feed:
                 parts = micro_batches(batch, rows.lengths, num_micro=self.num_micro, num_ranks=ranks, rank=rank)
                 yield _Step(
                     examples=rows, parts=parts, any_row=batch[:1], epoch=number, num_rows=len(batch),
-                    num_tokens=int(rows.lengths[batch].sum()), place=None,
+                    num_tokens=int(rows.num_tokens[batch].sum()), place=None,
                 )  # fmt: skip
 
     def _streamed(self, rows: StreamedExamples) -> Generator[_Step, None, None]:
@@ -273,7 +273,8 @@ class Feed:
                         examples=examples,
                         parts=micro_batches(batch, examples.lengths, num_micro=self.num_micro, num_ranks=1, rank=0),
                         any_row=batch[:1], epoch=place.epoch, num_rows=len(batch) * ranks,
-                        num_tokens=int(examples.lengths[batch].sum()) * ranks, place=replace(place, batch=number + 1),
+                        num_tokens=int(examples.num_tokens[batch].sum()) * ranks,
+                        place=replace(place, batch=number + 1),
                     )  # fmt: skip
 
     def _encode(self, rows: StreamedExamples, place: Place, table: pa.Table) -> tuple[Place, Examples | None]:

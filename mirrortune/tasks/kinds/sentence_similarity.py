@@ -105,8 +105,12 @@ class EmbeddedExamples(Examples):
     @override
     def lengths(self) -> IntArray:
         """Number of positions of the texts of each row, all padded to the longest."""
-        longest: IntArray = self.texts.lengths.reshape(-1, self.num_texts).max(axis=1) * self.num_texts
-        return longest
+        return np.asarray(self.texts.lengths.reshape(-1, self.num_texts).max(axis=1) * self.num_texts)
+
+    @property
+    @override
+    def num_tokens(self) -> IntArray:
+        return np.asarray(self.texts.lengths.reshape(-1, self.num_texts).sum(axis=1))
 
     @override
     def __len__(self) -> int:
@@ -230,8 +234,7 @@ class Task(TextTask, ComparesRows):
 
     @override
     def load_processor(self, source: ModelSource) -> EmbeddingReader:
-        has_cache = "use_cache" in forward_parameters(self.auto_class, source.config)
-        switches = {"use_cache": False} if has_cache else {}
+        switches = {"use_cache": False} if "use_cache" in forward_parameters(self.auto_class, source.config) else {}
         return EmbeddingReader(tokenizer=load_tokenizer(source), modules=read_modules(source), switches=switches)
 
     @override
@@ -250,9 +253,7 @@ class Task(TextTask, ComparesRows):
             return {**arrays, "digests": np.array([_digest(text) for text in texts], dtype=np.int64)}, counts
 
         scores = self._targets(split, allow_missing=reading.allow_missing)
-        facts: dict[str, object] = {
-            "length": max_length, "num_texts": count, "prompt": modules.prompt, "lowercase": modules.lowercase,
-        }  # fmt: skip
+        facts = {"length": max_length, "num_texts": count, "prompt": modules.prompt, "lowercase": modules.lowercase}
         made = tokenise_rows(
             split, self.text_columns, processor.tokenizer, reading, self.code, make, is_blank=_has_blank, facts=facts
         )
@@ -266,8 +267,7 @@ class Task(TextTask, ComparesRows):
         return EmbeddedExamples(
             texts=texts, num_texts=count, targets=targets, num_truncated=texts.num_truncated,
             num_unlabelled=0 if scores is None else int(np.isnan(targets).sum()), num_empty=made.num_blank,
-            num_dropped=made.num_dropped, switches=processor.switches,
-            kept=made.kept_rows,
+            num_dropped=made.num_dropped, switches=processor.switches, kept=made.kept_rows,
         )  # fmt: skip
 
     def embeddings(self, inputs: Batch, outputs: Any) -> Tensor:

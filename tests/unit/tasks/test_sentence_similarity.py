@@ -97,6 +97,7 @@ def test_the_texts_of_a_row_follow_each_other(tokenizer: Any) -> None:
     assert texts == ["dull", "long plot", "good", "fun"]
     assert batch["targets"].tolist() == [0.0, 0.5]
     assert examples.lengths.tolist() == [6, 8, 8], "two texts, padded to the longer one"
+    assert examples.num_tokens.sum() == sum(map(len, examples.token_ids())) < examples.lengths.sum()
     assert task.columns() == [("text", "sentence1"), ("text", "sentence2"), ("label", "score")]
     assert examples.describe() == "3 rows of 2 texts: 3 tokens (median), 4 at most"
 
