@@ -131,6 +131,10 @@ class MergePlan:
             return self.trained[name]
         return self.reference(name) if name in self.adapted else value_of(self.stored[name])
 
+    def changed_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that the adapters change or have trained, by name, before they are rounded."""
+        yield from ((name, self.value(name)) for name in (*self.adapted, *self.trained))
+
     def tuned_layer(self, name: str, adapter: AdapterFile, layer: str) -> tuple[PeftLayer, dict[str, Tensor]]:
         """Build PEFT's layer around the weight ``name``; return it with the stored weight and bias of the base."""
         names = {"weight": name, "bias": name.removesuffix("weight") + "bias"}

@@ -10,7 +10,7 @@ then only has to confirm that it holds exactly that tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ class Verification:
         changed_tensors: number of tensors that differ from the base without being adapted.
         passed: every error is within its tolerance and ``changed_tensors`` is 0.
         not_compared: reason why no outputs were compared; empty if they were.
+        max_abs_logit_error_unrounded: as ``max_abs_logit_error``, but with the adapted weights before they were rounded
+            to 16 bits; None for other bases, and where such outputs were not compared.
+        tolerance_unrounded: allowed ``max_abs_logit_error_unrounded``, that of float32.
     """
 
     max_abs_logit_error: float | None
@@ -70,12 +73,17 @@ class Verification:
     changed_tensors: int
     passed: bool
     not_compared: str = ""
+    max_abs_logit_error_unrounded: float | None = None
+    tolerance_unrounded: float | None = None
 
     def describe(self) -> str:
         """Return the result as one line."""
         outputs = f"outputs were not compared, no valid inputs are known for the model ({self.not_compared})"
         if self.max_abs_logit_error is not None:
             outputs = f"outputs differ by at most {self.max_abs_logit_error:.1e} (allowed {self.tolerance:.1e})"
+        if self.max_abs_logit_error_unrounded is not None:
+            error, allowed = self.max_abs_logit_error_unrounded, self.tolerance_unrounded
+            outputs += f", before rounding to 16 bits by {error:.1e} (allowed {allowed:.1e})"
         return (
             f"{outputs}, weights by {self.max_rel_weight_error:.1e} (allowed {self.weight_tolerance:.1e}), "
             f"{self.changed_tensors} other tensors changed"
@@ -90,11 +98,21 @@ class OutputError:
         error: largest absolute difference; None if the outputs could not be compared.
         tolerance: largest allowed difference.
         reason: reason why the outputs could not be compared; empty if they were.
+        probe: inputs on which they were compared.
+        unrounded: difference with the merged weights before rounding to 16 bits, or None.
     """
 
     error: float | None
     tolerance: float
     reason: str = ""
+    probe: Batch | None = None
+    unrounded: OutputError | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether no difference is larger than allowed."""
+        is_small = self.error is None or self.error <= self.tolerance
+        return is_small and (self.unrounded is None or self.unrounded.is_within)
 
 
 @dataclass(slots=True)
@@ -149,16 +167,19 @@ class TensorLedger:
 
     def verification(self, outputs: OutputError, dtype: torch.dtype = torch.float32) -> Verification:
         """Combine the errors of tensors and outputs; ``dtype`` sets the weight tolerance if no tensor is adapted."""
-        is_same = outputs.error is None or outputs.error <= outputs.tolerance
-        errors = self.errors.values()
+        errors, unrounded = self.errors.values(), outputs.unrounded
         return Verification(
             max_abs_logit_error=outputs.error,
             max_rel_weight_error=max((e["rel_weight_error"] for e in errors), default=0.0),
             tolerance=outputs.tolerance,
             weight_tolerance=max((e["weight_tolerance"] for e in errors), default=torch.finfo(dtype).eps),
             changed_tensors=self.changed,
-            passed=is_same and all(e["rel_weight_error"] <= e["weight_tolerance"] for e in errors) and not self.changed,
+            passed=outputs.is_within
+            and all(e["rel_weight_error"] <= e["weight_tolerance"] for e in errors)
+            and not self.changed,
             not_compared=outputs.reason,
+            max_abs_logit_error_unrounded=unrounded.error if unrounded else None,
+            tolerance_unrounded=unrounded.tolerance if unrounded else None,
         )
 
 
@@ -219,16 +240,42 @@ def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger
     ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in file order
 
 
-def compare_models(reopened: nn.Module, adapted: nn.Module, probes: Probes, compared: Compared) -> OutputError:
-    """Compare the outputs of a reopened merged model with those of base + adapter, both in memory."""
+@torch.no_grad()
+def compare_models(
+    reopened: nn.Module,
+    adapted: nn.Module,
+    probes: Probes,
+    compared: Compared,
+    exact: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+) -> OutputError:
+    """Compare the outputs of a reopened merged model with those of base + adapter, both in memory.
+
+    What rounding to 16 bits does to the outputs is larger than the effect of an adapter in one layer. With ``exact``,
+    which yields the changed weights by name before rounding, models in 16 bits are also compared in float32 with these.
+    """
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
     if stored_in == torch.float16 or computed_in == torch.float32:
         reopened.float()  # CPUs lack float16 kernels, and rounding of 16-bit arithmetic is not an error of the weights
-    return compare_outputs(
-        lambda probe: compared_outputs(reopened, probe, compared=compared),
-        lambda probe: compared_outputs(adapted, probe, compared=compared), probes, tolerance=max(1e-4, 8 * coarsest),
-    )  # fmt: skip
+
+    def difference(probes: Probes, epsilon: float) -> OutputError:
+        return compare_outputs(
+            lambda probe: compared_outputs(reopened, probe, compared=compared),
+            lambda probe: compared_outputs(adapted, probe, compared=compared), probes, tolerance=max(1e-4, 8 * epsilon),
+        )  # fmt: skip
+
+    found = difference(probes, coarsest)
+    if exact is None or found.probe is None or coarsest <= torch.finfo(torch.float32).eps:
+        return found
+    held, made = reopened.float().state_dict(), dict(adapted.float().named_buffers())
+    for name, buffer in reopened.named_buffers():
+        # What is not in the files is made when a model is built, and rounded if that is in 16 bits, as Gemma's scale.
+        if name not in held and name in made and made[name].shape == buffer.shape:
+            buffer.copy_(made[name])
+    for name, value in exact():
+        if name in held:
+            held[name].copy_(value)
+    return replace(found, unrounded=difference(found.probe, 0.0))
 
 
 def compare_outputs(
@@ -250,7 +297,7 @@ def compare_outputs(
     expected = adapted(probe)
     finite = expected[torch.isfinite(expected)]
     largest = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
-    return OutputError(error=largest_difference(outputs, expected), tolerance=tolerance * largest)
+    return OutputError(error=largest_difference(outputs, expected), tolerance=tolerance * largest, probe=probe)
 
 
 def compare_lazily(

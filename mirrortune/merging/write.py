@@ -305,7 +305,7 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     outputs = (
         compare_lazily(merge.outline, merge.probes(), plan, written, merge.compared)
         if is_large or is_quantised or not is_single
-        else _compare_loaded(merge, folder)
+        else _compare_loaded(merge, folder, plan)
     )
     return ledger.verification(outputs)
 
@@ -348,7 +348,7 @@ def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, pla
         generation.save_pretrained(folder)
 
 
-def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
+def _compare_loaded(merge: _Merge, folder: Path, plan: MergePlan) -> OutputError:
     import transformers  # noqa: PLC0415
 
     adapter, pad = merge.adapters[0], padding_id(merge.processors)
@@ -356,4 +356,4 @@ def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
     load: Any = getattr(transformers, merge.auto_class).from_pretrained
     with quiet():  # transformers may warn of a pooler that the base lacks as well
         reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
-    return compare_models(reopened, adapted, merge.probes(), merge.compared)
+    return compare_models(reopened, adapted, merge.probes(), merge.compared, plan.changed_values)

@@ -119,6 +119,43 @@ def test_shards_of_a_size_that_was_asked_for(tmp_path: Path) -> None:
     assert [f.name for f in (tmp_path / "whole").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16])
+def test_a_fault_smaller_than_rounding_to_16_bits_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_in: torch.dtype
+) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    write_trained(base, tmp_path / "adapter", AdapterSpec(), dtype=trained_in)
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    assert verdict.max_abs_logit_error_unrounded is not None
+    assert verdict.tolerance_unrounded is not None
+    assert verdict.max_abs_logit_error_unrounded < 1e-5 < verdict.tolerance_unrounded < 1e-3
+    assert "before rounding to 16 bits by" in verdict.describe()
+    change = plan.MergePlan._changed
+
+    def lacking(self: plan.MergePlan, name: str, weight: torch.Tensor, *given: Any) -> torch.Tensor:
+        changed = change(self, name, weight, *given)
+        return changed.lerp(weight.double(), 0.05) if "layer.0.attention.self.query" in name else changed
+
+    monkeypatch.setattr(plan.MergePlan, "_changed", lacking)
+    with pytest.raises(VerificationError, match="before rounding to 16 bits by") as caught:
+        merge(tmp_path / "adapter", to=tmp_path / "again")
+    rounded = re.findall(r"at most (\S+) \(allowed ([^)]+)\), before", str(caught.value))
+    assert all(float(error) < float(allowed) for error, allowed in rounded)  # would not have been noticed
+    assert rounded
+
+
+def test_what_a_model_makes_in_16_bits_itself_is_no_difference(tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings by a number that it holds in the dtype in which it is loaded."""
+    base = write_causal(tmp_path / "base", torch.bfloat16, family="Gemma3Text")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    mirrortune.attach(model)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.max_abs_logit_error_unrounded is not None
+    assert verdict.max_abs_logit_error_unrounded < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "lazily"), [(torch.bfloat16, True), (torch.float16, True), (torch.float16, False)])
 def test_16_bits_keep_their_dtype_and_say_what_they_lose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lazily: bool
