@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mirrortune.data.dataset import DataSet, load_data
@@ -195,3 +196,18 @@ def test_a_merge_keeps_the_sharding_of_its_base(tiny_model_dir: Path, desk: Path
     shards = [f.stat().st_size for f in Path("merged").glob("model-*.safetensors")]
     assert len(shards) > 1
     assert max(shards) <= largest
+
+
+@pytest.mark.parametrize("written", [[], ["--predictions", "answers.tsv"]])
+def test_outputs_that_are_no_numbers_have_no_score(run: Path, desk: Path, written: list[str]) -> None:
+    """An argmax takes NaN for the first class, so half of such rows would be right."""
+    assert mirrortune("merge", run, "-o", "merged").exit_code == 0
+    tensors = load_file(desk / "merged" / "model.safetensors")
+    tensors["classifier.bias"][1] = float("nan")
+    save_file(tensors, desk / "merged" / "model.safetensors", {"format": "pt"})
+    words = ["-t", "text-classification", "-d", run.parent / "reviews.csv"]
+    found = mirrortune("eval", "merged", *words, *written)
+    assert found.exit_code == 5
+    assert "the model's output is not a number (NaN) for 6 of 6 rows, so there is nothing to score" in found.said
+    assert "accuracy" not in found.stdout
+    assert not (desk / "answers.tsv").exists()
