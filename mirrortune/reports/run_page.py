@@ -144,6 +144,9 @@ def _merge_table(merge: dict[str, Any]) -> Html:
     found, outputs = merge["verification"], "not compared"
     if found["max_abs_logit_error"] is not None:
         outputs = f"{found['max_abs_logit_error']:.2e} (allowed {found['tolerance']:.2e})"
+    if (error := found.get("max_abs_logit_error_unrounded")) is not None:
+        outputs = f"{error:.2e} before rounding to 16 bits (allowed {found['tolerance_unrounded']:.2e}), "
+        outputs += f"{found['max_abs_logit_error']:.2e} after it"
     rows = [
         ("folder", merge["output_dir"]),
         ("verified", "yes" if found["passed"] else "no"),

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mirrortune.adapters.inject import AdapterSpec, attachment, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import plan
 from mirrortune.merging import write as module
-from mirrortune.merging.verify import Verification
+from mirrortune.merging.verify import OutputError, Verification
 from mirrortune.models.parts import CannotLoadParts, PartLoader
 from tests.bank_cases import save_trained
 from tests.peft_methods import move, tiny_spec
@@ -130,7 +131,7 @@ def test_a_fault_smaller_than_rounding_to_16_bits_is_found(
     assert verdict.max_abs_logit_error_unrounded is not None
     assert verdict.tolerance_unrounded is not None
     assert verdict.max_abs_logit_error_unrounded < 1e-5 < verdict.tolerance_unrounded < 1e-3
-    assert "before rounding to 16 bits by" in verdict.describe()
+    assert "before rounding to 16 bits (allowed" in verdict.describe()
     change = plan.MergePlan._changed
 
     def lacking(self: plan.MergePlan, name: str, weight: torch.Tensor, *given: Any) -> torch.Tensor:
@@ -138,11 +139,18 @@ def test_a_fault_smaller_than_rounding_to_16_bits_is_found(
         return changed.lerp(weight.double(), 0.05) if "layer.0.attention.self.query" in name else changed
 
     monkeypatch.setattr(plan.MergePlan, "_changed", lacking)
-    with pytest.raises(VerificationError, match="before rounding to 16 bits by") as caught:
+    with pytest.raises(VerificationError, match="before rounding to 16 bits") as caught:
         merge(tmp_path / "adapter", to=tmp_path / "again")
-    rounded = re.findall(r"at most (\S+) \(allowed ([^)]+)\), before", str(caught.value))
-    assert all(float(error) < float(allowed) for error, allowed in rounded)  # would not have been noticed
+    rounded = re.search(r"by (\S+) after it", str(caught.value))
     assert rounded
+    assert float(rounded[1]) < verdict.tolerance  # would not have been noticed
+
+
+def test_outputs_that_rounding_alone_moves_far_are_accepted() -> None:
+    exact = OutputError(error=1e-7, tolerance=1e-4)
+    assert OutputError(error=0.3, tolerance=0.1, unrounded=exact).is_within
+    assert not OutputError(error=0.3, tolerance=0.1).is_within
+    assert not OutputError(error=0.0, tolerance=0.1, unrounded=replace(exact, error=1e-3)).is_within
 
 
 def test_what_a_model_makes_in_16_bits_itself_is_no_difference(tmp_path: Path) -> None:
