@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mirrortune.data.columns import choose_media_columns
 from mirrortune.data.dataset import Split, load_data
@@ -109,6 +109,17 @@ def test_a_picture_lying_on_its_side_is_turned_upright() -> None:
     exif[0x0112] = 6
     picture.save(stream, "JPEG", exif=exif)
     assert to_rgb(Image.open(io.BytesIO(stream.getvalue()))).size == (8, 4)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_all_orientations_are_those_of_pillow(orientation: int, form: str) -> None:
+    picture = Image.fromarray(np.arange(84, dtype=np.uint8).reshape(4, 7, 3) * 3)
+    stream, tags = io.BytesIO(), Image.Exif()
+    tags[0x0112] = orientation
+    picture.save(stream, form, exif=tags)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(stream.getvalue())))
+    assert to_rgb(Image.open(io.BytesIO(stream.getvalue()))).tobytes() == expected.tobytes()
 
 
 def test_a_tag_of_a_wrong_type_does_not_matter() -> None:
