@@ -40,7 +40,10 @@ _MEDIA_NAMES = {
 }  # fmt: skip
 _PATH_NAMES = ("path", "file_name", "filename", "file")
 # Columns of answers that TRL, LLaMA-Factory and ms-swift mark as wanted or not.
-_MARKED = (("prompt", "completion"), ("prompt", "response"), ("messages",), ("conversations",))
+_MARKED = (
+    ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
+    ("question", "answer"), ("messages",), ("conversations",),
+)  # fmt: skip
 # Number of sampled rows, and of the slices that they come from: files are often sorted by class.
 _SAMPLE, _PLACES = 4000, 80
 # A label has few words, and each of its values occurs in several rows.

@@ -219,6 +219,8 @@ PAIRS = {"chosen": "good film", "rejected": "bad film"}
         ("causal-lm", {"prompt": "the film was", "response": "bad", "label": False}),
         *(("causal-lm", {"messages": [{"role": "assistant", "content": "bad"}], mark: False})
           for mark in ("label", "kto_tag")),
+        *(("causal-lm", {asked: "the film was", answer: "bad", "kto_tag": False})
+          for asked, answer in (("instruction", "output"), ("instruction", "response"), ("question", "answer"))),
     ],
 )  # fmt: skip
 def test_one_side_of_preferences_is_not_learned(
