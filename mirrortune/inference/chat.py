@@ -26,9 +26,9 @@ from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import Input, check_file, read_marker
 from mirrortune.tasks.chat import encode_continuation, encode_prompt, turn_end_ids, writes_system
-from mirrortune.tasks.conversations import Conversation, Message, alpaca_prompt
+from mirrortune.tasks.conversations import Conversation, Message
 from mirrortune.tasks.predicting import PredictOptions
-from mirrortune.tasks.prompts import RowSampler
+from mirrortune.tasks.prompts import RowSampler, alpaca_prompt
 
 Form = Literal["chat", "prompt", "alpaca", "text"]
 """How turns are formatted: with the tokenizer's chat template; as prompts and completions; as prompts in the format of

@@ -39,7 +39,8 @@ _FLAGS = ("train", "training", "loss")
 """Fields that say whether a turn is learned, beside ``weight``."""
 _ALWAYS_READ = ("role", "content", "tool_calls", "tool_call_id", "weight")
 _UNREAD, _UNLEARNED, _MOST_NAMED = "unread ", "unlearned ", 8
-_WRITTEN_TURNS = re.compile(r"""\s*\[\s*(\]|\{\s*["'](role|from|content|value|weight)["'])""")  # the JSON of messages
+_ROLE, _CONTENT = {"role", "from"}, {"content", "value", "tool_calls", "function_call"}
+_CUT_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value|weight)["']""")  # or in Python's notation
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the field for the reasoning before an answer, in templates and data sets."""
@@ -50,13 +51,9 @@ _ADDITIONS = {
     "weight": "weight",
 }  # fmt: skip
 _OF_TURNS = {*_ADDITIONS.values()}
-_OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "text": {"weight"}}
+_OF_LAYOUT = {**dict.fromkeys(("messages", "turns", "prompt", "alpaca"), _OF_TURNS), "text": {"weight"}}
 SILENT, CALLS, EMPTY = 1, 2, 3
 """What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
-# The wording of Stanford Alpaca, which is common for models without a chat template.
-_ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-)
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
 _ALPACA_NAMES = (("instruction",), ("input", "context"), ("output", "response"))
@@ -120,11 +117,12 @@ def choose_layout(
         return layout, text, label, []
     refuse_preferences(table, source)
     lowered = {name.lower(): name for name in table.column_names}
-    for name in _MESSAGES:
-        if name in lowered and _holds_turns(table, lowered[name]):
+    for name in _MESSAGES:  # a list of anything else is refused with its row, and no other column taken for the text
+        if name in lowered and (_holds_turns(table, lowered[name]) or isinstance(_first(table, lowered[name]), list)):
             return "messages", (lowered[name],), None, [detected("text", lowered[name])]
         refuse_written_lists(table, lowered.get(name, ""), source)
-    asked, context, answer = (next((lowered[n] for n in names if n in lowered), None) for names in _ALPACA_NAMES)
+    texts = {n for n in lowered if n != "context" or not isinstance(_first(table, lowered[n]), (list, dict))}
+    asked, context, answer = (next((lowered[n] for n in names if n in texts), None) for names in _ALPACA_NAMES)
     if asked and answer and (context or "output" in lowered):
         named = (asked, context) if context else (asked,)
         return "alpaca", named, answer, [f"columns {', '.join((*named, answer))} (detected)"]
@@ -145,13 +143,25 @@ def choose_layout(
     )
 
 
+def _first(table: pa.Table, column: str) -> Any:
+    """Return the first cell of a column that is not empty, or None."""
+    return next((v for v in cells(table, column) if (v.strip() if isinstance(v, str) else v)), None)
+
+
 def _holds_turns(table: pa.Table, column: str) -> bool:
     """Return whether a column holds lists of messages, or their JSON text, as in csv files."""
-    first: Any = next((v for v in cells(table, column) if (v.strip() if isinstance(v, str) else v)), None)
-    if isinstance(first, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            first = json.loads(first)
-    return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
+    first = _first(table, column)
+    if not isinstance(first, str):
+        return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
+    with contextlib.suppress(ValueError, RecursionError):  # an answer may be the JSON text of other objects
+        keys = _keys(json.loads(first))
+        return not keys.isdisjoint(_ROLE) and not keys.isdisjoint(_CONTENT)
+    return False
+
+
+def _keys(value: Any) -> set[str]:
+    """Return the keys of the first object in a list of objects; none for other values."""
+    return {*value[0]} if isinstance(value, list) and value and isinstance(value[0], dict) else set()
 
 
 def begins_with_space(table: pa.Table, column: str) -> bool:
@@ -221,34 +231,6 @@ def asked_conversation(
     if not messages:
         raise DataError(where, "the conversation has no turn to answer", fix="Add what the user says")
     return conversation(messages, added, where, default)
-
-
-def alpaca_prompt(instruction: str, context: str) -> str:
-    """Return the prompt for an instruction and an optional input in the format of Stanford Alpaca."""
-    if not context.strip():
-        return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
-    more = ", paired with an input that provides further context"
-    return f"{_ALPACA.format(more)}### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
-
-
-def asked_text(
-    layout: str, texts: Sequence[str], added: dict[str, Any], where: str
-) -> tuple[str, list[Message]]:  # fmt: skip
-    """Return the prompt and the earlier turns of a row that is not formatted by a chat template.
-
-    Earlier turns have a ``weight`` of 1, or 0 for those that are not learned.
-    """
-    if layout == "text":
-        return texts[0], []
-    prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
-    before: list[Message] = []
-    if any(added.values()):
-        turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        talk = conversation(turns, added, where)
-        before = [{**m, "weight": float(i not in talk.given)} for i, m in enumerate(talk.messages[:-2])]
-    if layout == "alpaca":
-        before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
-    return prompt, before
 
 
 def row_weight(added: dict[str, Any], where: str) -> float:
@@ -380,8 +362,17 @@ def as_text(value: Any, where: str) -> str:
 
 def _as_turns(value: Any, role: str, where: str) -> list[Message]:
     """Convert a cell to messages; a text that is not the JSON text of messages is a single turn of ``role``."""
-    is_turn = isinstance(value, str) and not _WRITTEN_TURNS.match(value)
+    is_turn = isinstance(value, str) and not _is_written(value)
     return [{"role": role, "content": value}] if is_turn else as_messages(value, where)
+
+
+def _is_written(text: str) -> bool:
+    """Return whether a text is the JSON text of messages, even if it is cut short."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return _CUT_TURNS.match(text) is not None
+    return found == [] or not _keys(found).isdisjoint(_ROLE)
 
 
 def last_answer(value: Any, *, learned: bool) -> str:

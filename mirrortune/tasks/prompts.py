@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate text for prompts, greedily or by sampling."""
+"""Write prompts without a chat template, and generate text for prompts, greedily or by sampling."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.token_cache import ragged
 from mirrortune.errors import DataError
 from mirrortune.system.devices import to_float64
+from mirrortune.tasks.conversations import Message, conversation
 from mirrortune.tasks.predicting import Predictions, PredictOptions
 
+# The wording of Stanford Alpaca, which is common for models without a chat template.
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 Around = Callable[[Rows, int], AbstractContextManager[None]]
 """(rows of the examples, number of rows of the model's batch) -> context manager entered while the model runs."""
 
@@ -153,6 +158,34 @@ class RowSampler(LogitsProcessor):
         chosen = torch.searchsorted(ends, drawn * ends[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         token = chosen if order is None else order.gather(1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)
+
+
+def alpaca_prompt(instruction: str, context: str) -> str:
+    """Return the prompt for an instruction and an optional input in the format of Stanford Alpaca."""
+    if not context.strip():
+        return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
+    more = ", paired with an input that provides further context"
+    return f"{_ALPACA.format(more)}### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+
+
+def asked_text(
+    layout: str, texts: Sequence[str], added: dict[str, Any], where: str
+) -> tuple[str, list[Message]]:  # fmt: skip
+    """Return the prompt and the earlier turns of a row that is not formatted by a chat template.
+
+    Earlier turns have a ``weight`` of 1, or 0 for those that are not learned.
+    """
+    if layout == "text":
+        return texts[0], []
+    prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
+    before: list[Message] = []
+    if any(added.values()):
+        turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        talk = conversation(turns, added, where)
+        before = [{**m, "weight": float(i not in talk.given)} for i, m in enumerate(talk.messages[:-2])]
+    if layout == "alpaca":
+        before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
+    return prompt, before
 
 
 def halved_texts(split: Split, column: str) -> tuple[Split, list[str]]:

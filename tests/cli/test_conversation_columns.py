@@ -13,7 +13,9 @@ import pytest
 
 from mirrortune.data.dataset import load_data
 from mirrortune.data.files.arrow import cells
+from mirrortune.errors import DataError
 from mirrortune.system.paths import DataPlace
+from mirrortune.tasks.conversations import asked_conversation
 from mirrortune.tasks.kinds.causal_lm import Task
 from mirrortune.tasks.token_scores import weighted_loss
 from tests.cli.console import Outcome, mirrortune
@@ -38,6 +40,12 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose template does not."""
     return write_tiny_causal(tmp_path_factory.mktemp("models") / "chat", template=CHATML)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One without a template."""
+    return write_tiny_causal(tmp_path_factory.mktemp("models") / "bare", template=None)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -235,6 +243,48 @@ def test_what_belongs_to_an_instruction_is_shown(desk: Path, plain: Path, contex
     """Dolly's rows have a context and a response."""
     write(desk / "rows.jsonl", [{"instruction": "sum", context: "1 2", answer: "3"}] * 4)
     assert "user\nsum\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>" in prepare(plain, "rows.jsonl").stderr
+
+
+def test_passages_in_a_context_are_not_shown(desk: Path, plain: Path) -> None:
+    """They are lists, which are no text; such rows were refused."""
+    write(desk / "rows.jsonl", [{"instruction": "sum", "context": ["1", "2"], "response": "3"}] * 4)
+    out = prepare(plain, "rows.jsonl")
+    assert "text: sum\n3<|im_end|>" in out.stderr, out.said
+    assert "column not used: context" in out.stderr
+
+
+@pytest.mark.parametrize("answer", ['[{"name": "add", "arguments": {}}]', '[{"value": 3}]', '[{"role": "king"}]'])
+@pytest.mark.parametrize("words", [(), ("--text-column", "prompt", "--label-column", "completion")])
+def test_answers_in_json_are_no_messages(desk: Path, bare: Path, answer: str, words: tuple[str, ...]) -> None:
+    """A base model, without a chat template, learns them as they are."""
+    write(desk / "rows.jsonl", [{"prompt": "hi", "completion": answer}] * 4)
+    out = prepare(bare, "rows.jsonl", *words)
+    assert f"learned: {answer}" in out.stderr, out.said
+
+
+@pytest.mark.parametrize("name", ["dialog", "conversations"])
+def test_a_conversation_of_texts_is_refused(desk: Path, plain: Path, name: str) -> None:
+    """No other column is learned in its place, such as an id."""
+    write(desk / "rows.jsonl", [{"id": "a1", name: ["hi", "yo"]}] * 4)
+    out = prepare(plain, "rows.jsonl")
+    assert out.exit_code == 3
+    assert "rows.jsonl:1: a turn of the conversation is 'hi'" in out.stderr
+
+
+def test_other_columns_beside_messages_in_prompt_and_completion(desk: Path, plain: Path) -> None:
+    """They ended in a traceback (KeyError)."""
+    write(desk / "rows.jsonl", [{"id": 1, "system": "brief", "prompt": ASKED, "completion": SAID}] * 4)
+    out = prepare(plain, "rows.jsonl")
+    assert "system\nbrief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo" in out.stderr, out.said
+
+
+def test_keys_of_a_turn_in_json_text_have_any_order() -> None:
+    turns = [{"id": 1, "role": "user", "content": "a {b}"}]
+    for text, expected in ((json.dumps(turns), "a {b}"), ("[a] b", "[a] b"), ('[{"n": 1}]', '[{"n": 1}]')):
+        assert asked_conversation("messages", [text], {}, "row 1", "").messages[0]["content"] == expected
+    for text in ("[]", '[{"role": "user", "content": "a'):
+        with pytest.raises(DataError, match="row 1"):
+            asked_conversation("messages", [text], {}, "row 1", "")
 
 
 def test_roles_of_unknown_speakers_are_reported(desk: Path, plain: Path) -> None:

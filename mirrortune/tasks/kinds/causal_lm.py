@@ -60,7 +60,6 @@ from mirrortune.tasks.conversations import (
     additions,
     as_text,
     asked_conversation,
-    asked_text,
     begins_with_space,
     choose_layout,
     encoding_notes,
@@ -73,7 +72,7 @@ from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.packing import PackedExamples
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
-from mirrortune.tasks.prompts import PromptExamples, halved_texts, prompt_examples
+from mirrortune.tasks.prompts import PromptExamples, asked_text, halved_texts, prompt_examples
 from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
 
 _LONGEST = 1024  # default maximum length, in tokens, if the model supports more

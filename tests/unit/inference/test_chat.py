@@ -19,8 +19,8 @@ from mirrortune.system.atomic import MARKER
 from mirrortune.system.outputs import RUN, Input, Marker, write_marker
 from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.chat import encode_continuation
-from mirrortune.tasks.conversations import alpaca_prompt
 from mirrortune.tasks.predicting import PredictOptions
+from mirrortune.tasks.prompts import alpaca_prompt
 from tests.tiny_models import CHATML, tiny_causal, tiny_chat_tokenizer
 
 STRICT = (

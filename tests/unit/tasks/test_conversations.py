@@ -19,14 +19,13 @@ from mirrortune.tasks.chat import (
 )  # fmt: skip
 from mirrortune.tasks.conversations import (
     Conversation,
-    alpaca_prompt,
     as_history,
     as_messages,
-    asked_text,
     conversation,
     count_unread,
     row_weight,
 )  # fmt: skip
+from mirrortune.tasks.prompts import alpaca_prompt, asked_text
 from tests.tiny_models import CHATML, MARKED, TOOL_CHATML, tiny_chat_tokenizer
 
 # The shapes of well-known templates, as far as they differ.
