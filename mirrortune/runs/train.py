@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.peft_bridge.tuners import remarks
 from mirrortune.config.recipe import Resolved, flatten, with_absolute_paths
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.reports.model_card import own_card
 from mirrortune.runs.adapted_base import base_identity, by_strategy, load_adapted_base
@@ -72,7 +72,9 @@ def train(
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = _run_to_write(resolved, settings, recipe_name, resume=resume)
     if resume:
-        settings = unpack(as_started(recipe, run))
+        # A changed method or kind of task need not take the recorded defaults; the check below names the change.
+        with suppress(MirrortuneError):
+            settings = unpack(as_started(recipe, run))
     # Absolute paths, so that the saved recipe reproduces the run from any working directory.
     recipe = with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
     settings = replace(
@@ -87,6 +89,7 @@ def train(
             held.enter_context(run.held(inputs, overwrite=overwrite, resume=resume))
             if resume:
                 check_same_recipe(recipe, run)
+                unpack(as_started(recipe, run))  # for the error that was suppressed, if nothing has been changed
 
         def create() -> None:
             card = own_card(run.path)

@@ -497,10 +497,12 @@ def test_a_run_is_continued_with_the_defaults_that_it_was_started_with(
     again = mirrortune(*words, "-o", "run", "--resume")
     named = mirrortune("train", "run/recipe.yaml", "--lr", 0.02, "--resume")
     other = mirrortune(*words, "-o", "run", "--lr", 0.5, "--resume")
+    method = mirrortune(*words, "-o", "run", "--method", "lora", "--resume")
     mirrortune(*words, "-o", "new")
 
     assert (again.exit_code, named.exit_code) == (0, 0), again.said + named.said
     assert "--resume: train.lr: the run was started with 0.02, got 0.5. Use the same settings." in other.said
+    assert "--resume: adapter.method: the run was started with 'mirror-scale', got 'lora'." in method.said
     assert [call.kwargs["settings"].lr for call in fitted.call_args_list] == [0.02, 0.02, 0.02, 0.5]
     specs = [attachment(call.args[0]).spec.resolved_options["unit"] for call in fitted.call_args_list[1:]]
     assert specs == ["weight", "weight", "angle"]
