@@ -153,6 +153,14 @@ def test_outputs_that_rounding_alone_moves_far_are_accepted() -> None:
     assert not OutputError(error=0.0, tolerance=0.1, unrounded=replace(exact, error=1e-3)).is_within
 
 
+def test_factors_in_16_bits_differ_from_the_weight_that_they_replace(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    write_trained(base, tmp_path / "adapter", AdapterSpec(strategy="factored"), dtype=torch.bfloat16)
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    assert verdict.max_abs_logit_error_unrounded is None
+
+
 def test_what_a_model_makes_in_16_bits_itself_is_no_difference(tmp_path: Path) -> None:
     """Gemma multiplies its embeddings by a number that it holds in the dtype in which it is loaded."""
     base = write_causal(tmp_path / "base", torch.bfloat16, family="Gemma3Text")
