@@ -182,7 +182,7 @@ def refuse_cells(path: Path, encoding: str) -> None:
             raise DataError(
                 str(path), f"its lines are not texts but {len(header)} cells separated by {what}, as in "
                 f"{begin[0].strip()[:60]!r}", allowed="a text per line in a .txt file",
-                fix=f"Name it {suffix}, with names of columns in the first line",
+                fix=f"Name it {suffix}, with names of columns in the first line; texts with {what} go into jsonl",
             )  # fmt: skip
 
 

@@ -476,7 +476,7 @@ def test_every_suffix_has_a_reader() -> None:
     [
         (["text\tlabel", '"a ""great"" film\nof 1999"\tup', "an awful plot\tdown"], "2 cells separated by tabs.* .tsv"),
         (["ham\tSee you at 8", "spam\tFree entry"] * 80, "2 cells separated by tabs, as in 'ham"),
-        (["id;Text;stars", "1;a;2", "2;b;3"], "3 cells separated by semicolons.*Name it .csv"),
+        (["id;Text;n", "1;a;2", "2;b;3"], "3 cells separated by semicolons.*Name it .csv.*semicolons go into jsonl"),
         (["review,n"] + ['"good, really",1'] * 120, "2 cells separated by commas.*Name it .csv"),
     ],
 )  # fmt: skip
