@@ -113,6 +113,7 @@ TASKS = {
         lrs={
             "mirror": "0.01/0.03",
             "mirror-scale": "0.01/0.02",
+            ADAPTIVE_SCALE: "0.01/0.02",
             "svft": "0.01/0.03",
             "lora:rank=8": "0.001/0.003",
             "lora:rank=1": "0.003/0.01",
