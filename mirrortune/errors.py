@@ -242,9 +242,9 @@ _NOT_IN_16_BITS = (
 )
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.55) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest candidate, or an empty string if none is near."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -104,9 +104,11 @@ def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: 
             errors.append(ConfigError(f"{where}.{key}", f"{owner} has no option '{key}'", fix=known))
             continue
         if key not in hints:
-            near = did_you_mean(key, [*hints, *settings])
+            near = did_you_mean(key, hints)
+            elsewhere = did_you_mean(key, settings, cutoff=0.8)  # most of these are far from an option
             for name in settings:
-                near = near.replace(f"'{name}'", f"{section}.{name}")
+                elsewhere = elsewhere.replace(f"'{name}'", f"{section}.{name}")
+            near = elsewhere or near
             problem = f"{owner} has no option '{key}'.{near}"
             allowed = ", ".join(sorted(hints)) or "no options"
         elif not _fits(value, hints[key]):

@@ -257,7 +257,8 @@ def compare_models(
     """Compare the outputs of a reopened merged model with those of base + adapter, both in memory.
 
     What rounding to 16 bits does to the outputs is larger than the effect of an adapter in one layer. With ``exact``,
-    which yields the changed weights by name before rounding, models in 16 bits are also compared in float32 with these.
+    which yields the changed weights by name before rounding, a base in 16 bits whose adapter was trained in float32 is
+    also compared with these. (One trained in 16 bits holds its own parameters and factors in them.)
     """
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
@@ -271,7 +272,7 @@ def compare_models(
         )  # fmt: skip
 
     found = difference(probes, coarsest)
-    if exact is None or found.probe is None or coarsest <= torch.finfo(torch.float32).eps:
+    if exact is None or found.probe is None or computed_in != torch.float32 or stored_in == torch.float32:
         return found
     held, made = reopened.float().state_dict(), dict(adapted.float().named_buffers())
     for name, buffer in reopened.named_buffers():

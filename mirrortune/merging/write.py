@@ -24,7 +24,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.files.load import check_stored
-from mirrortune.adapters.inject import FactorSource, spectral_layers
+from mirrortune.adapters.inject import FactorSource
 from mirrortune.errors import ConfigError, ResourceError, not_as_meant
 from mirrortune.merging import in_memory
 from mirrortune.merging.bases import (
@@ -356,7 +356,4 @@ def _compare_loaded(merge: _Merge, folder: Path, plan: MergePlan) -> OutputError
     load: Any = getattr(transformers, merge.auto_class).from_pretrained
     with quiet():  # transformers may warn of a pooler that the base lacks as well
         reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
-    # Factors in 16 bits that replace a weight do not reproduce it exactly.
-    held = [layer.U.dtype for layer in spectral_layers(adapted).values() if layer.strategy == "factored"]
-    exact = plan.changed_values if all(dtype == torch.float32 for dtype in held) else None
-    return compare_models(reopened, adapted, merge.probes(), merge.compared, exact)
+    return compare_models(reopened, adapted, merge.probes(), merge.compared, plan.changed_values)

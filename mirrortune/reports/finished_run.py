@@ -161,12 +161,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in ``path``, or return an empty dict if the file is missing.
 
     Raises:
-        ConfigError: the file is damaged, or holds something else than an object.
-        VerificationError: the path is a symbolic link or not a regular file.
+        ConfigError: the file is damaged.
+        VerificationError: it holds something else than an object, or is a symbolic link or not a regular file.
     """
     if not is_there(path):
         return {}
     try:
         return read_json_object(regular_file(path.parent, path.name))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
+    except TypeError as error:
+        raise VerificationError(str(path), f"damaged ({error})", fix="Restore the run directory") from error

@@ -442,11 +442,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, RecursionError):
-            if isinstance(entry := json.loads(line), dict):
-                found.append(entry)
-                continue
-        break
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        except RecursionError:
+            entry = None
+        if not isinstance(entry, dict):
+            raise VerificationError(str(path), f"damaged, line {len(found) + 1} is no object", fix="Restore the run")
+        found.append(entry)
     return found
 
 

@@ -297,10 +297,10 @@ CASES = {
         "the recipe of a run lists the pairs",
     ),
     "a log of lists, report": Case(
-        file("run/metrics.jsonl", "[]\n5\n"), "report /run -o out", 5, "is damaged (TypeError"
+        file("run/metrics.jsonl", "[]\n5\n"), "report /run -o out", 5, "damaged, line 1 is no object"
     ),
     "a log of brackets, report": Case(
-        file("run/metrics.jsonl", '{"a":' * 100_000 + "\n"), "report /run -o out", 5, "is damaged (RecursionError"
+        file("run/metrics.jsonl", '{"a":' * 100_000 + "\n"), "report /run -o out", 5, "damaged, line 1 is no object"
     ),
     "a log of astronomical numbers, report": Case(
         file("run/metrics.jsonl", "".join(
@@ -308,7 +308,7 @@ CASES = {
         )), "report /run -o out", 5, "is damaged (",
     ),
     "results of nothing, report": Case(
-        file("run/results.json", "[]"), "report /run -o out", 5, "is damaged (TypeError: results.json holds [], "
+        file("run/results.json", "[]"), "report /run -o out", 5, "damaged (results.json holds [], not an object)"
     ),
     "an endless pattern of parts, eval": Case(
         on_adapter(say("adapter", "split", value={PATTERN: 2})), "eval /run", 0, "rows"
@@ -379,7 +379,7 @@ CASES = {
     ),
     "aliases, push": Case(file("run/recipe.yaml", BOMB), "push /run me/x", 2, ALIAS),
     "a list for results, push": Case(
-        file("run/results.json", "[]"), "push /run me/x", 5, "a file of the run is damaged (TypeError"
+        file("run/results.json", "[]"), "push /run me/x", 5, "damaged (results.json holds [], not an object)"
     ),
     "brackets for results, push": Case(
         file("run/results.json", '{"a":' * 100_000), "push /run me/x", 5, "damaged (RecursionError)"
