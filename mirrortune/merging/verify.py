@@ -274,7 +274,7 @@ def compare_models(
     found = difference(probes, coarsest)
     if exact is None or found.probe is None or computed_in != torch.float32 or stored_in == torch.float32:
         return found
-    held, made = reopened.float().state_dict(), dict(adapted.float().named_buffers())
+    held, made = reopened.float().state_dict(), dict(adapted.named_buffers())
     for name, buffer in reopened.named_buffers():
         # What is not in the files is made when a model is built, and rounded if that is in 16 bits, as Gemma's scale.
         if name not in held and name in made and made[name].shape == buffer.shape:
