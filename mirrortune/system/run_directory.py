@@ -449,7 +449,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except RecursionError:
             entry = None
         if not isinstance(entry, dict):
-            raise VerificationError(str(path), f"damaged, line {len(found) + 1} is no object", fix="Restore the run")
+            raise VerificationError(
+                str(path), f"damaged, line {len(found) + 1} is no object", fix="Restore the run directory"
+            )
         found.append(entry)
     return found
 
