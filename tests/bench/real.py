@@ -113,7 +113,6 @@ TASKS = {
         lrs={
             "mirror": "0.01/0.03",
             "mirror-scale": "0.01/0.02",
-            ADAPTIVE_SCALE: "0.01/0.02",
             "svft": "0.01/0.03",
             "lora:rank=8": "0.001/0.003",
             "lora:rank=1": "0.003/0.01",
@@ -175,7 +174,11 @@ def rates(name: str, methods: Sequence[str], folder: Path, earlier: Found) -> di
     own = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task.tuned_on].recipe] if file.is_file() else {}
     both = {**own.get("methods", {}), **earlier.get(task.tuned_on, {}).get("methods", {})}
     chosen = {_plain(label): f"{found['lr']:g}" for label, found in both.items() if found["lr"]}
-    return {method: task.lrs.get(method) or chosen.get(_with_mirror_pairs(method), "?") for method in methods}
+    tried: dict[str, str] = {}
+    for method in methods:
+        mirror = _with_mirror_pairs(method)
+        tried[method] = task.lrs.get(method) or task.lrs.get(mirror) or chosen.get(mirror, "?")
+    return tried
 
 
 def _with_mirror_pairs(method: str) -> str:

@@ -99,6 +99,11 @@ def test_every_method_tries_the_rate_that_a_kept_comparison_has_chosen(tmp_path:
     assert words["rte"][words["rte"].index("--methods") + 1] == "random:lr=0.1,neighbor:unit=angle:lr=?", (
         "of mirror pairs"
     )
+    words["cola"] = real.command("cola", ("adaptive", real.ADAPTIVE_SCALE), tmp_path, options)
+    assert (
+        words["cola"][words["cola"].index("--methods") + 1]
+        == f"adaptive:lr=0.01/0.03,{real.ADAPTIVE_SCALE}:lr=0.01/0.02"
+    )
 
 
 def comparison(folder: Path, recipe: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
