@@ -107,6 +107,8 @@ def methods(which: str) -> str:
         if (found.peft is not None) == (which == "peft"):
             has_rank = found.core is not None or (found.peft is not None and found.peft.rank is not None)
             rank = str(found.rank) if has_rank else ""
+            if found.rank_option is not None:  # the option that --rank sets
+                rank = str(inspect.signature(CORES.get(name, "docs")).parameters[found.rank_option].default)
             images = "" if found.image_lr is None else f"; {found.image_lr:g} for images"
             rows.append((f"`{name}`", rank, f"{found.lr:g}{images}", found.summary.replace("``", "`")))
     return table(("`--method`", "default rank", "default `--lr`", "what is trained"), rows)
