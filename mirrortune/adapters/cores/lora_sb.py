@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA-SB: a free R x R matrix between the singular vectors of full fine-tuning's first step."""
+"""LoRA-SB: a free r x r matrix between the singular vectors of full fine-tuning's first step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mirrortune.errors import ConfigError
 
 @CORES.register("lora-sb")
 class LoraSb(MatrixCore):
-    """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trainable parameters.
+    """K = diag(S) + M, M (r, r) free, between singular vectors of a gradient; r^2 trainable parameters.
 
     U, S and Vh are the leading singular triplets of -sign(G), the direction of Adam's first step in full fine-tuning,
     where G is the gradient of the loss with respect to the weight, measured on training rows. W' = W + U M Vh does not
     depend on the singular values and vectors of W. Training starts at M = ``first_step`` diag(S), for which W' - W is
-    the best rank-R approximation of that step at the learning rate ``first_step``; 0 starts at the base model.
+    the best rank-r approximation of that step at the learning rate ``first_step``; 0 starts at the base model.
 
     Reference: LoRA-SB (arXiv 2411.19557), with s = 1: for orthonormal U and Vh, the gradient of M is the projection of
     the gradient of the weight, without a scale. Differs: gradients are measured without dropout and after a warm-up of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA-XS: a free R x R matrix between the leading singular vectors."""
+"""LoRA-XS: a free r x r matrix between the leading singular vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 
 @CORES.register("lora-xs")
 class LoraXs(MatrixCore):
-    """K = diag(S) (I + M), M (R, R) free, R^2 trainable parameters, initially zero.
+    """K = diag(S) (I + M), M (r, r) free, r^2 trainable parameters, initially zero.
 
     Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero instead of small noise.
     """

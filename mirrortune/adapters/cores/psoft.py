@@ -14,10 +14,11 @@ from mirrortune.system.devices import to_float64
 
 @CORES.register("psoft")
 class Psoft(MatrixCore):
-    """K = diag(S) diag(beta) R^T diag(alpha) with R = (I - Q)(I + Q)^-1, Q skew-symmetric; R(R-1)/2 + 2R numbers.
+    """K = diag(S) diag(beta) R^T diag(alpha) with the rotation R = (I - Q)(I + Q)^-1, Q skew-symmetric.
 
-    Initially Q = 0 and alpha = beta = 1. The paper's convention is h = W^T x, so a factor on the left of R there is on
-    the right of R^T here: R rotates the INPUT side, before diag(S).
+    There are r(r-1)/2 + 2r trainable parameters for r directions. Initially Q = 0 and alpha = beta = 1. The paper's
+    convention is h = W^T x, so a factor on the left of R there is on the right of R^T here: R rotates the INPUT side,
+    before diag(S).
 
     Options: with ``neumann_terms`` > 0, the inverse is replaced by the series I - Q + Q^2 - ... of that degree, as
     published (with K = 5); ||Q|| >= 1 is refused, because the series diverges. With 0, the default, the inverse is
