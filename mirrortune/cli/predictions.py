@@ -38,7 +38,7 @@ def predict(
     format: Annotated[Literal["csv", "tsv", "jsonl"] | None, typer.Option("--format", show_default=False, help="Format of standard output; csv by default.")] = None,
     top: Annotated[int | None, typer.Option("--top", metavar="N", show_default=False, help="Number of predictions per row, best first; 1 by default.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", metavar="X", show_default=False, help="With several labels per row: probability above which a label is predicted; 0.5 by default.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Maximum length of a generated text, in tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Maximum length of a generated text, in tokens; by default 256 for causal-lm, data.max_target_length for seq2seq.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", metavar="X", show_default=False, help="Sample texts at this temperature; greedy by default.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Nucleus sampling: sample from the most probable tokens whose total probability is this.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of sampling.")] = 0,
