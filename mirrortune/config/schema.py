@@ -141,7 +141,8 @@ class DataSection(_Section):
     missing_label: int | float | str | None = None
     """Value in label_column (which must be named) of rows without a label: -1 in GLUE's test splits."""
     stride: int | None = Field(default=None, ge=0)
-    """Question answering: overlap of neighbouring windows of a long context, in tokens; 128 by default."""
+    """Question answering: overlap of neighbouring windows of a long context, in tokens; 128 by default, or a third of
+    a shorter window."""
     image_column: str | None = None
     """Image column, encoded images or paths; detected by default."""
     audio_column: str | None = None
@@ -164,7 +165,8 @@ class DataSection(_Section):
     """Language models: pack several training rows into one sequence; rows do not attend to each other."""
     max_length: int | None = Field(default=None, ge=4)
     """Maximum sequence length in tokens; longer rows are truncated and counted. The model's own limit by
-    default, at most 512 (1,024 for language models)."""
+    default, at most 512 (1,024 for language models, 384 for windows of question answering), or what the files of an
+    embedding model state."""
     blank_text: Literal["drop", "keep"] = "drop"
     """Drop or keep training rows whose text is blank. Rows of other splits are always kept, so that every row is
     scored."""
