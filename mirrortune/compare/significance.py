@@ -30,7 +30,7 @@ class Paired:
             finite, and for two equal differences without an interval, which have no spread to test against.
         p_adjusted: p-value after Holm's correction for the number of methods tested.
         low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
-            of rows.
+            of rows, or for scores that are not finite.
         verdict: ``better`` or ``worse``; ``within the noise`` if the interval includes zero; ``not significant`` if
             only the t-test does not pass; ``not tested`` without a p-value.
     """
@@ -131,27 +131,32 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def bootstrap_interval(
     sample: Sample, base: Sample, metric: Callable[[Array, Array], float]
 ) -> tuple[float, float] | None:
-    """Estimate the 95% interval of the difference of mean scores by resampling seeds and rows with replacement.
+    """Estimate the 95% interval of the difference of mean scores over seeds and rows.
 
-    If all seeds were scored on the same rows, rows are resampled once for all seeds, otherwise for each seed.
+    Rows are resampled with replacement: once for all seeds if these were scored on the same rows, otherwise for each
+    seed. The mean over seeds varies as in a t-test: few seeds that are resampled give an interval that is too narrow,
+    which holds the true difference in 74% of cases for 3 seeds and in 88% for 5 if seeds differ more than rows.
     """
-    if sample.predictions is None or base.predictions is None or base.references is None or len(sample.values) < 2:
+    import scipy.stats  # noqa: PLC0415
+
+    gaps = np.subtract(sample.values, base.values)
+    ours, theirs, references = sample.predictions, base.predictions, base.references
+    if ours is None or theirs is None or references is None or len(gaps) < 2 or not np.isfinite(gaps).all():
         return None
     random = np.random.default_rng(0)
-    references = base.references
     count = _RESAMPLES
     if sample.kind == "probabilities":
-        count = min(_RESAMPLES, max(_FEWEST, _MOST_PROBABILITIES // max(1, sample.predictions[0].size)))
+        count = min(_RESAMPLES, max(_FEWEST, _MOST_PROBABILITIES // max(1, ours[0].size)))
     is_shared = all(len(r) == len(references[0]) and np.array_equal(r, references[0]) for r in references)
-    differences = np.empty(count)
+    # Evenly spaced quantiles in random order, since the tails of random numbers for 2 or 3 seeds vary too much.
+    t = random.permutation(scipy.stats.t.ppf((np.arange(count) + 0.5) / count, len(gaps) - 1))
+    differences = t * scipy.stats.sem(gaps)
     for index in range(count):
         shared = random.integers(len(references[0]), size=len(references[0]))
-        gaps = []
-        for s in random.integers(len(references), size=len(references)):
-            rows = shared if is_shared else random.integers(len(references[s]), size=len(references[s]))
-            truth = references[s][rows]
-            gaps.append(metric(sample.predictions[s][rows], truth) - metric(base.predictions[s][rows], truth))
-        differences[index] = np.mean(gaps)
+        for s, true in enumerate(references):
+            rows = shared if is_shared else random.integers(len(true), size=len(true))
+            gap = metric(ours[s][rows], true[rows]) - metric(theirs[s][rows], true[rows])
+            differences[index] += gap / len(references)
     low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
 

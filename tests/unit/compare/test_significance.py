@@ -103,25 +103,39 @@ def test_equal_scores_are_no_difference() -> None:
     assert (found.p_value, found.verdict) == (1.0, "not significant")
 
 
-def test_a_difference_that_only_the_t_test_does_not_find_is_not_called_noise() -> None:
-    rows = np.arange(400)
-    truth = np.zeros(400, dtype=int)
+def of_seeds(*scores: float) -> Sample:
+    """Seeds with these scores by ``average_prediction``, whatever rows are drawn."""
+    rows = tuple(np.full(4, score) for score in scores)
+    return Sample(values=scores, predictions=rows, references=(np.zeros(4),) * len(scores))
 
-    def made(*right: int) -> Sample:
-        predictions = tuple((rows >= count).astype(int) for count in right)
-        return Sample(values=tuple(count / 400 for count in right), predictions=predictions, references=(truth,) * 3)
 
-    samples = {"base": made(200, 200, 200), "other": made(220, 280, 240)}
-    (found,) = compare_with_reference(samples, "base", ACCURACY, higher_is_better=True)
-    assert found.low is not None
-    assert found.low > 0
-    assert found.p_value is not None
-    assert found.p_value > 0.05
-    assert found.verdict == "not significant"
+def average_prediction(predictions: Any, _: Any) -> float:
+    """A metric."""
+    return float(predictions.mean())
+
+
+def test_a_difference_that_only_the_correction_makes_insignificant_is_not_called_noise() -> None:
+    samples = {"base": of_seeds(0.5, 0.5, 0.5), "one": of_seeds(0.55, 0.57, 0.59), "two": of_seeds(0.55, 0.57, 0.59)}
+    for found in compare_with_reference(samples, "base", average_prediction, higher_is_better=True):
+        assert found.low is not None
+        assert found.low > 0
+        assert found.p_value is not None
+        assert found.p_adjusted is not None
+        assert found.p_value < 0.05 < found.p_adjusted
+        assert found.verdict == "not significant"
+
+
+@pytest.mark.parametrize("gaps", [(0.01, 0.03), (0.01, 0.04, -0.02), (0.01, 0.02, 0.03, 0.01, 0.05)])
+def test_over_few_seeds_the_interval_is_that_of_a_t_test(gaps: tuple[float, ...]) -> None:
+    import scipy.stats
+
+    found = bootstrap_interval(of_seeds(*gaps), of_seeds(*[0.0] * len(gaps)), average_prediction)
+    assert found == pytest.approx(tuple(scipy.stats.ttest_1samp(gaps, 0).confidence_interval()), rel=0.02, abs=1e-4)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_changes_no_other_verdict(broken: float) -> None:
+    assert bootstrap_interval(of_seeds(0.5, broken), of_seeds(0.5, 0.6), average_prediction) is None
     samples = {
         "base": Sample(values=(0.5, 0.6, 0.7)), "broken": Sample(values=(0.5, broken, 0.7)),
         "good": Sample(values=(0.9, 1.0, 1.101)),
