@@ -25,7 +25,7 @@ from mirrortune.reports.drawing import Drawing, write_figure
 from mirrortune.reports.finished_run import read_json
 from mirrortune.reports.tables import Table
 from mirrortune.system.atomic import write_files_atomically
-from mirrortune.system.console import Reporter, kilobytes
+from mirrortune.system.console import Reporter, kilobytes, significant
 from mirrortune.system.outputs import Input
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.metrics import METRICS, Metric
@@ -233,9 +233,17 @@ def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
         f"{f'; scored on {rows}' if rows else ''}",
         *left_out,
         *([_tested(found, seeds)] if len(found["methods"]) > 1 else []),
+        *_measured(found),
         f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}",
     ]
     return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _measured(found: dict[str, Any]) -> list[str]:
+    """Describe the time of methods that measure pairs or bases before they train, which is in no step time."""
+    seconds = {label: m["pairing_seconds"] for label, m in found["methods"].items() if m.get("pairing_seconds")}
+    named = ", ".join(f"`{label}` {significant(taken)} s" for label, taken in seconds.items())
+    return [f"Measured on training rows before the first step, besides the step times: {named}"] if named else []
 
 
 def _tested(found: dict[str, Any], seeds: int) -> str:

@@ -87,6 +87,16 @@ def test_the_row_of_an_unfinished_method_says_so(tmp_path: Path) -> None:
     assert row(table, "none")[2:4] == ["50.0 (1 of 3 seeds, 2 not finished)", "not tested"]
 
 
+def test_the_time_of_measuring_pairs_is_told_beside_the_step_times(tmp_path: Path) -> None:
+    compared = comparison(tmp_path, seeds=1, methods="mirror,adaptive")
+    for label, seconds in (("mirror", 0.0), ("adaptive", 16.46)):
+        finish(compared, label, 0, 0.5, "test")
+        file = Cell("data", label, RATE, 0).folder(compared.root) / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "pairing_seconds": seconds}))
+    _, table = report(compared)
+    assert "Measured on training rows before the first step, besides the step times: `adaptive` 16.5 s. " in table
+
+
 def test_a_method_whose_rate_is_not_chosen_yet_is_named(tmp_path: Path) -> None:
     compared = comparison(tmp_path, seeds=1, methods="mirror:lr=0.1/0.3,none,svft")
     finish(compared, "mirror:lr=0.1/0.3", 0, 0.5, "test")
