@@ -207,6 +207,12 @@ def step_from(lr: float, steps: int) -> float:
     return float(f"{'1' if rung % 2 == 0 else '3'}e{math.floor(rung / 2)}")
 
 
+def next_from(lr: float, sign: Literal[-1, 1]) -> float:
+    """Return the first rate above (1) or below (-1) ``lr`` on that ladder: of 2e-2, which lies between two, 3e-2."""
+    nearest = step_from(lr, 0)
+    return nearest if sign * (nearest - lr) > 0 else step_from(lr, sign)
+
+
 def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], Score | None]) -> Chosen:
     """Choose the learning rate of a method on a task, as far as the finished cells allow.
 
@@ -228,7 +234,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
         is_at_edge = best in (min(lrs), max(lrs))
         if not is_at_edge or added == grid.extensions:
             break
-        lrs.append(step_from(best, 1 if best == max(lrs) and len(lrs) > 1 else -1))
+        lrs.append(next_from(best, 1 if best == max(lrs) and len(lrs) > 1 else -1))
     reported = [c for c in _cells(task, contender, best, grid.seeds) if score(c) is None]
     return Chosen(lr=best, scores=known, missing=tuple(reported), is_at_edge=is_at_edge)
 

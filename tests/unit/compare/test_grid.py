@@ -84,6 +84,17 @@ def test_the_grid_grows_while_its_edge_is_best(at: float, chosen_lr: float) -> N
     assert len([c for c in cells if c.seed == 0]) in (4, 5)
 
 
+@pytest.mark.parametrize(("given", "at", "tried"), [
+    ((1e-2, 2e-2), 2.4e-2, {1e-2, 2e-2, 3e-2}), ((1.5e-2, 3e-2), 1.3e-2, {1e-2, 1.5e-2, 3e-2}),
+    ((5e-5,), 5e-5, {3e-5, 5e-5, 1e-4}),
+])  # fmt: skip
+def test_the_grid_grows_by_the_next_rate_of_the_ladder(given: tuple[float, ...], at: float, tried: set[float]) -> None:
+    made = grid()
+    made = dataclasses.replace(made, contenders=(dataclasses.replace(made.contenders[0], lrs=given),))
+    cells, _ = outcome(made, peak(at))
+    assert {cell.lr for cell in cells} == tried
+
+
 def test_the_grid_stops_growing_and_says_so() -> None:
     chosen = outcome(grid(extensions=2), peak(1e3))[1]
     assert (chosen.lr, chosen.is_at_edge) == (1e-1, True)
