@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mirrortune.analyze.matrices import Matrix, Pairing, pair_matrices
 from mirrortune.analyze.spectra.spectra import compare_matrices
@@ -25,6 +26,8 @@ from mirrortune.system.devices import num_cores
 _COPIES = 16
 # Maximum number of names in a list of tensors that were not compared.
 _LISTED_NAMES = 20
+# Smallest share of rounding in a change that is mentioned.
+_LEAST_ROUNDING = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,10 @@ def analyse(
         try:
             before, after = matrix.read(base, matrix.base), matrix.read(tuned, matrix.tuned)
             energy = float(before.double().square().sum())
-            comparison = compare_matrices(before, after, top_k=top_k, name=matrix.name)
+            rounded = _rounded(before, after)
+            is_same = torch.equal(rounded.to(after.dtype), after)
+            comparison = None if is_same else compare_matrices(before, after, top_k=top_k, name=matrix.name)
+            rounding = float((rounded.double() - before.double()).square().sum())
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
@@ -117,7 +123,7 @@ def analyse(
             raise ResourceError(matrix.name, f"{shape} does not fit into memory", fix="Use --threads 1") from error
         kind, depth = kinds[matrix.name]
         found = Analysed(name=matrix.name, kind=kind, depth=depth, shape=matrix.shape, comparison=comparison,
-                         angles=tuned.angles(matrix.tuned))  # fmt: skip
+                         angles=tuned.angles(matrix.tuned), rounding=rounding)  # fmt: skip
         return found, energy, time.perf_counter() - begun
 
     matrices, energies, seconds = [], {}, {}
@@ -155,7 +161,7 @@ def _collect(
         by_depth={d: summarise(part, energies) for d, part in depths.items()},
         curves=methods,
         claims=claims(found),
-        verdict=verdict(overall, found, methods, num_weights),
+        verdict=verdict(overall, found, methods, num_weights) + _of_rounding(tuned.label, matrices),
         num_weights=num_weights,
         base_only=pairing.base_only[:_LISTED_NAMES],
         tuned_only=pairing.tuned_only[:_LISTED_NAMES],
@@ -165,6 +171,22 @@ def _collect(
         threads=threads,
         top_k=top_k,
     )
+
+
+def _rounded(before: Tensor, after: Tensor) -> Tensor:
+    """Return a weight of the base as the tuned checkpoint would store it: rounded if its dtype is less precise."""
+    is_coarser = torch.finfo(after.dtype).eps > torch.finfo(before.dtype).eps
+    return before.to(after.dtype) if is_coarser else before
+
+
+def _of_rounding(label: str, matrices: list[Analysed]) -> list[str]:
+    """Return the sentence about a change that is partly the rounding of the tuned checkpoint, if there is any."""
+    rounding = sum(m.rounding for m in matrices)
+    total = sum(m.comparison.energy if m.comparison else m.rounding for m in matrices)
+    share = rounding / total if total else 0.0
+    if share < _LEAST_ROUNDING:
+        return []
+    return [f"{label} stores fewer bits than the base: its rounding is {min(1.0, share):.0%} of the difference."]
 
 
 def _in_threads(work: Callable[[Matrix], _Result], items: list[Matrix], count: int) -> Iterator[_Result]:

@@ -187,6 +187,23 @@ def test_nothing_changed_is_an_answer(done: Checkpoints, tmp_path: Path) -> None
     assert data["overall"]["shares"] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storing_fewer_bits_is_told_from_a_change(done: Checkpoints, tmp_path: Path, dtype: torch.dtype) -> None:
+    said = []
+    for name, folder in (("base", done.base), ("tuned", done.tuned)):
+        halved = write_tiny_model(tmp_path / name)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(
+            {n: weight.to(dtype) for n, weight in tensors.items()}, halved / "model.safetensors", {"format": "pt"}
+        )
+        said.append(mirrortune("analyze", done.base, halved, "--json").data)
+    same, changed = said
+    assert same["verdict"][0] == "Nothing changed in 13 matrices."
+    assert same["verdict"][-1].endswith("stores fewer bits than the base: its rounding is 100% of the difference.")
+    assert changed["overall"]["changed"] == 6, "the others are only rounded"
+    assert mirrortune("analyze", tmp_path / "base", tmp_path / "tuned", "--json").data["matrices"][0]["rounding"] == 0
+
+
 def test_an_adapter_alone_is_compared_with_its_own_base(done: Checkpoints, tmp_path: Path) -> None:
     from mirrortune.adapters.spec import AdapterSpec
     from tests.tiny_models import tiny_bert

@@ -28,8 +28,9 @@ class Analysed:
         kind: name within a layer, such as ``attention.self.query``; the same at every depth.
         depth: index of its layer, or None outside the layers.
         shape: shape of the matrix, (O, I).
-        comparison: comparison of both versions, or None if the matrix did not change.
+        comparison: comparison of both versions, or None if the matrix did not change, but for ``rounding``.
         angles: plane angles in degrees if the tuned side is an adapter that rotates planes, else None.
+        rounding: energy of rounding the base's weight to the dtype of the tuned one; 0 if that is as precise.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Analysed:
     shape: tuple[int, int]
     comparison: MatrixComparison | None
     angles: list[float] | None = None
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
