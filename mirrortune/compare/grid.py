@@ -197,8 +197,8 @@ def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
 
 
 def around(lr: float) -> tuple[float, float, float]:
-    """Return three neighbouring rates of the ladder ..., 1e-3, 3e-3, 1e-2, ...; the middle one is nearest to ``lr``."""
-    return step_from(lr, -1), step_from(lr, 0), step_from(lr, 1)
+    """Return ``lr`` between its neighbours on the ladder ..., 1e-3, 3e-3, 1e-2, ..."""
+    return next_from(lr, -1), lr, next_from(lr, 1)
 
 
 def step_from(lr: float, steps: int) -> float:
