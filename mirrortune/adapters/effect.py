@@ -27,6 +27,7 @@ NUM_PROBES = 16
 # would have to be small in all sixteen probes at once. Earlier versions saved sums in float32, wrong by up to 9e-7.
 EFFECT_TOLERANCE = 2e-5
 EXACT_EFFECT_TOLERANCE = 2e-6
+_CANCELLED = 1e-13  # rounding error of the difference of two weights in float64, relative to the weights
 _BLOCK = 1 << 24  # numbers converted to float64 at a time
 
 
@@ -95,6 +96,24 @@ def effect_of(products: Probed, exact: Core) -> Tensor:
         left, right = (_probes(size, side) for side, size in enumerate(products.shape))
         found = found + ((left @ beside) * right).sum(dim=-1)
     return found.reshape(-1, NUM_PROBES)
+
+
+@torch.no_grad()
+def change_error(before: Tensor, after: Tensor, expected: Tensor) -> float:
+    """Return the :func:`effect_error` of the change between two weights, (O, I) or (E, O, I), except rounding errors.
+
+    Args:
+        before: weight without the adapter.
+        after: weight with it, in float64.
+        expected: recorded effect of the adapter, (E, 16).
+    """
+    held, merged = (
+        (_products(_probes(w.shape[-2], 0), w) * _probes(w.shape[-1], 1)).sum(dim=-1).reshape(-1, NUM_PROBES)
+        for w in (before, after)
+    )
+    found, expected = merged - held, expected.double()
+    is_noise = (found - expected).norm(dim=-1, keepdim=True) <= _CANCELLED * held.norm(dim=-1, keepdim=True)
+    return effect_error(torch.where(is_noise, expected, found), expected)
 
 
 def effect_error(found: Tensor, expected: Tensor) -> float:

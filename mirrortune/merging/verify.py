@@ -3,8 +3,8 @@
 
 Tensors are compared with float64 references, outputs with those of base + adapter, and the files beside the weights
 with those of the base. Both merging tensor by tensor (``plan.py``) and merging in memory (``in_memory.py``) use this
-module. The error of a tensor is measured when it is rounded, while its reference is in memory; reading the file back
-then only has to confirm that it holds exactly that tensor.
+module. When a tensor is rounded, and its reference is in memory, its error is measured and its change compared with the
+effect that the adapter recorded in training; reading the file back then only has to confirm that it holds that tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from mirrortune.adapters.effect import EFFECT_TOLERANCE, change_error
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core
 from mirrortune.adapters.fingerprint import weight_digest
@@ -128,10 +129,12 @@ class TensorLedger:
     Attributes:
         errors: entry of ``merge.json`` for each adapted tensor.
         changed: number of other tensors that differ from their expected value.
+        adapters: adapters whose recorded effects the changes of the tensors must have; none if they need not.
     """
 
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     changed: int = 0
+    adapters: Sequence[AdapterFile] = ()
     _digests: dict[str, str] = field(default_factory=dict)
 
     def round(
@@ -144,14 +147,33 @@ class TensorLedger:
             value: tensor, in float64 if it is adapted.
             dtype: dtype of the checkpoint.
             stored: reads the base's tensor; None if no adapter changes it.
+
+        Raises:
+            VerificationError: the change is not that of the adapter; the error names the layer.
         """
         rounded = value.to(dtype)
         digest = weight_digest(rounded)
+        before = None if stored is None else stored()
         for name in names:
             self._digests[name] = digest
-            if stored is not None:
-                self.errors[name] = _tensor_error(rounded, value, stored)
+            if before is not None:
+                self.errors[name] = _tensor_error(rounded, value, before)
+        if before is not None:
+            self._check_effects(names, before, value)
         return rounded
+
+    def _check_effects(self, names: Sequence[str], before: Tensor, after: Tensor) -> None:
+        changed = [(a, layer) for a in self.adapters for layer, own in a.weights.items() if {*own} & {*names}]
+        if any(adapter is not changed[0][0] for adapter, _ in changed):
+            return  # each adapter but the last is rounded, so that their effects do not add up
+        for adapter, layer in changed:
+            expected, matrix = adapter.effects.get(layer), adapter.layouts[layer].matrix
+            if expected is None:  # trained in shards, or PEFT's
+                continue
+            error = change_error(matrix(before), matrix(after), expected)
+            if not error <= EFFECT_TOLERANCE:
+                problem = f"the change in its merged weight is not the adapter's (it differs by {error:.1e} of it)"
+                raise VerificationError(layer, problem, allowed=f"at most {EFFECT_TOLERANCE:.0e}", fix=_FIX)
 
     def check(
         self, name: str, written: Tensor, value: Callable[[], Tensor], stored: Callable[[], Tensor] | None = None
@@ -169,10 +191,13 @@ class TensorLedger:
         if stored is None:
             self.changed += not torch.equal(written, value().to(written.dtype))
         else:
-            self.errors[name] = _tensor_error(written, value(), stored)
+            self.errors[name] = _tensor_error(written, value(), stored())
 
     def verification(self, outputs: OutputError, dtype: torch.dtype = torch.float32) -> Verification:
         """Combine the errors of tensors and outputs; ``dtype`` sets the weight tolerance if no tensor is adapted."""
+        weights = [item for adapter in self.adapters for item in adapter.weights.items()]
+        if left_out := [layer for layer, own in weights if self.errors.keys().isdisjoint(own)]:
+            raise VerificationError(left_out[0], "the merged model lacks the adapter's change of its weight", fix=_FIX)
         errors, unrounded = self.errors.values(), outputs.unrounded
         return Verification(
             max_abs_logit_error=outputs.error,
@@ -189,12 +214,12 @@ class TensorLedger:
         )
 
 
-def _tensor_error(written: Tensor, reference: Tensor, stored: Callable[[], Tensor]) -> dict[str, float]:
+def _tensor_error(written: Tensor, reference: Tensor, stored: Tensor) -> dict[str, float]:
     error = float((written.double() - reference).norm())
     found = {"rel_weight_error": error / (float(reference.norm()) or 1.0)}
     found["weight_tolerance"] = torch.finfo(written.dtype).eps
     if written.dtype in (torch.bfloat16, torch.float16):
-        change = float((reference - stored()).norm())
+        change = float((reference - stored).norm())
         found["rounding_loss"] = error / change if change else 0.0  # share of the change that is lost to rounding
     return found
 

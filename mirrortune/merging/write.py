@@ -228,6 +228,10 @@ class _Merge:
         model = outline(self.source, self.auto_class, fields, padding_id(self.processors))
         return self.task.trim(model) if self.task is not None and self.is_trimmed else model
 
+    def ledger(self) -> TensorLedger:
+        """Return an empty ledger. By force, an adapter may have another effect on another base."""
+        return TensorLedger(adapters=self.adapters if self.remarks is None else ())
+
     def probes(self) -> Probes:
         """Return the inputs on which outputs are compared."""
         return probes(self.task, self.processors, self.source, self.auto_class)
@@ -263,7 +267,7 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
         merge.adapters[0], merge.factors, base=merge.base, trust_remote_code=merge.source.trust_remote_code,
         remarks=merge.remarks,
     )  # fmt: skip
-    plain, ledger, trusted = opened.load_plain(), TensorLedger(), merge.source.trust_remote_code
+    plain, ledger, trusted = opened.load_plain(), merge.ledger(), merge.source.trust_remote_code
     save: Any = plain.save_pretrained
     size = merge.max_shard_bytes or shard_bytes(merge.source)
     save(folder, state_dict=in_memory.merged_state(plain, opened.adapted, ledger), max_shard_size=size)
@@ -286,7 +290,7 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
         raise NotTensorByTensor("the base is quantised")
     if len(merge.adapters) > 1 and any(adapter.base.get("new_tokens") for adapter in merge.adapters):
         raise NotTensorByTensor("one of them has new tokens, and with them a vocabulary of its own")
-    ledger = TensorLedger()
+    ledger = merge.ledger()
     packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
     merge, model, plan = _plan(merge, packed)
     shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)

@@ -22,10 +22,11 @@ import mirrortune
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import AdapterSpec, attachment, spectral_layers
+from mirrortune.adapters.layout import Layout
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import plan
 from mirrortune.merging import write as module
-from mirrortune.merging.verify import OutputError, Verification
+from mirrortune.merging.verify import OutputError, TensorLedger, Verification
 from mirrortune.models.parts import CannotLoadParts, PartLoader
 from tests.bank_cases import save_trained
 from tests.peft_methods import move, tiny_spec
@@ -136,11 +137,49 @@ def test_a_fault_smaller_than_rounding_to_16_bits_is_found(tmp_path: Path, monke
         return changed.lerp(weight.double(), 0.05) if "layer.0.attention.self.query" in name else changed
 
     monkeypatch.setattr(plan.MergePlan, "_changed", lacking)
+    with pytest.raises(
+        VerificationError, match=r"layer\.0\.attention\.self\.query: the change .* differs by 5\.0e-02 of it"
+    ):
+        merge(tmp_path / "adapter", to=tmp_path / "again")
+    monkeypatch.setattr(TensorLedger, "_check_effects", lambda *_: None)
     with pytest.raises(VerificationError, match="before rounding to 16 bits") as caught:
         merge(tmp_path / "adapter", to=tmp_path / "again")
     rounded = re.search(r"by (\S+) after it", str(caught.value))
     assert rounded
     assert float(rounded[1]) < verdict.tolerance  # would not have been noticed
+
+
+@pytest.mark.parametrize("trained_in", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("how", ["loaded", "lazily", "in memory"])
+def test_a_change_that_is_left_out_of_one_layer_is_found_in_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, trained_in: torch.dtype
+) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    adapted = write_trained(base, tmp_path / "adapter", AdapterSpec(), dtype=trained_in)
+    monkeypatch.setattr(module, "LARGE", 0 if how == "lazily" else 2**40)
+    if how == "in memory":
+        monkeypatch.setattr(module, "_by_tensors", lambda *_: (_ for _ in ()).throw(plan.NotTensorByTensor("as asked")))
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    whole, name = Layout.tensor, "bert.encoder.layer.0.attention.self.query"
+    delta = spectral_layers(adapted)[name].delta_weight()
+
+    def lacking(self: Layout, matrix: torch.Tensor) -> torch.Tensor:
+        is_own = matrix.shape == delta.shape and relative(matrix.double(), delta) < 1e-3
+        return whole(self, 0 * matrix if is_own else matrix)
+
+    monkeypatch.setattr(Layout, "tensor", lacking)
+    with pytest.raises(VerificationError, match=rf"{name}: the change in its merged weight is not the adapter's"):
+        merge(tmp_path / "adapter", to=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_layer_that_is_not_merged_at_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    write_trained(base, tmp_path / "adapter", AdapterSpec(), dtype=torch.bfloat16)
+    found, name = plan._adapted, "bert.encoder.layer.0.attention.self.query"
+    monkeypatch.setattr(plan, "_adapted", lambda *given: {k: v for k, v in found(*given).items() if name not in k})
+    with pytest.raises(VerificationError, match=rf"{name}: the merged model lacks the adapter's change"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged")
 
 
 def test_outputs_that_rounding_alone_moves_far_are_accepted() -> None:
