@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +19,7 @@ from mirrortune.data.dataset import DataSet, Split, take_subset
 from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
-from mirrortune.errors import ConfigError, MirrortuneError, VerificationError, counted
+from mirrortune.errors import ConfigError, MirrortuneError, VerificationError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
 from mirrortune.runs.results import data_changes
 from mirrortune.runs.rows import describe_trained_on, evaluation_rows, num_trained_on, read_data
@@ -35,7 +34,7 @@ from mirrortune.system.paths import PLAIN_NAME, DataPlace, is_plain_name
 from mirrortune.system.run_directory import run_of
 from mirrortune.tasks.base import TARGET_ROLES, Answers, Task, check_columns, reading_like, with_label_columns
 from mirrortune.tasks.classes import classes_of
-from mirrortune.training.evaluate import EvalResult, evaluate_split
+from mirrortune.training.evaluate import evaluate_split, nan_problem
 
 _OTHER_FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx")
 _MOST_TRAINING_BYTES = 1 << 28  # of training data that is read to count the rows that were trained on
@@ -145,33 +144,16 @@ def _evaluate(
             found.model, found.task, examples, accelerator, **eval_batch(found, settings.eval), source=rows.source,
             num_workers=settings.eval.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
-    _refuse_nan(outcome, rows.source, accelerator)
+    if problem := nan_problem(outcome):
+        fix = "Set train.precision=fp32, or use a checkpoint that did not diverge"
+        error = VerificationError(rows.source, f"{problem}, so there is nothing to score", fix=fix)
+        raise sync.told_once(accelerator, error)
     if predictions is not None and accelerator.is_main_process:
         check_replaceable(predictions, overwrite=overwrite)  # again, since scoring may have taken hours
         names, bounds = _answer_names(found.task, settings.eval), settings.eval.prediction_bounds
         write_predictions(predictions, outcome.predictions, names, bounds)
     written = None if predictions is None else str(predictions)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
-
-
-def _refuse_nan(outcome: EvalResult, source: str, accelerator: Any) -> None:
-    """Raise a VerificationError if outputs or the loss are NaN: an argmax makes a class of them, and that a score."""
-    count = sum(map(_holds_nan, outcome.judged))
-    if count or math.isnan(outcome.metrics.get("loss", 0.0)):
-        where = f"for {count:,} of {counted(len(outcome.judged), 'row')}" if count else "for some rows"
-        error = VerificationError(
-            source, f"the model's output is not a number (NaN) {where}, so there is nothing to score",
-            fix="Set train.precision=fp32, or use a checkpoint that did not diverge",
-        )  # fmt: skip
-        raise sync.told_once(accelerator, error)
-
-
-def _holds_nan(judged: Any) -> bool:
-    """Return whether a result of ``Task.judge`` for a row holds NaN."""
-    if isinstance(judged, tuple):
-        return any(map(_holds_nan, judged))
-    numbers = np.asarray(judged)
-    return numbers.dtype.kind == "f" and bool(np.isnan(numbers).any())
 
 
 def warn_of_changed_data(

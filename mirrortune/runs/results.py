@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import sys
@@ -40,7 +41,7 @@ from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace, json_object_or_n
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.metrics import METRICS
-from mirrortune.training.evaluate import EvalResult, evaluate_split
+from mirrortune.training.evaluate import EvalResult, evaluate_split, nan_problem
 from mirrortune.training.settings import FitResult
 
 _ENVIRONMENT = "environment.json"
@@ -322,7 +323,8 @@ def restore_kept(model: nn.Module, run: RunDirectory) -> None:
 def score_reported(
     job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
-    """Score the kept checkpoint on every split of ``job.reported``; return metrics by the name of the split.
+    """Score the kept checkpoint on every split of ``job.reported``; return metrics by the name of the split, NaN for
+    one with outputs that are NaN.
 
     Numeric predictions and references are written to ``predictions.safetensors`` as ``<split>.predictions`` and
     ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row; see
@@ -345,6 +347,10 @@ def score_reported(
             batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source=name,
             num_workers=job.settings.loop.num_workers,
         )  # fmt: skip
+        if problem := nan_problem(outcome):  # the run is kept, whose adapter may be of use in another precision
+            reporter.note(f"warning: {name}: {problem}, so it is not scored; train.precision=fp32 may help")
+            found[name] = dict.fromkeys(outcome.metrics, math.nan)
+            continue
         found[name] = outcome.metrics
         kept = _kept_of_rows(job.task, outcome)
         for what, values in kept.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.inject import weights_kept
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.loader import forward, made_ahead, pinned
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, counted
 from mirrortune.system.devices import as_computed, evaluating
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
@@ -49,6 +50,26 @@ class EvalResult:
     judged: list[Any]
     predictions: Any
     references: Any
+
+
+def nan_problem(outcome: EvalResult) -> str | None:
+    """Describe outputs or a loss of a split that are NaN; None if there are none.
+
+    They must not be scored: an argmax makes a class of NaN.
+    """
+    count = sum(map(_holds_nan, outcome.judged))
+    if not count and not math.isnan(outcome.metrics.get("loss", 0.0)):
+        return None
+    where = f"for {count:,} of {counted(len(outcome.judged), 'row')}" if count else "for some rows"
+    return f"the model's output is not a number (NaN) {where}"
+
+
+def _holds_nan(judged: Any) -> bool:
+    """Return whether a result of ``Task.judge`` for a row holds NaN."""
+    if isinstance(judged, tuple):
+        return any(map(_holds_nan, judged))
+    numbers = np.asarray(judged)
+    return numbers.dtype.kind == "f" and bool(np.isnan(numbers).any())
 
 
 class Scoring(TypedDict, total=False):

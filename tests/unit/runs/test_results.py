@@ -233,3 +233,21 @@ def test_numbers_of_rows_are_kept_of_texts(run: RunDirectory, monkeypatch: pytes
     assert kept["test.scores"].tolist() == pytest.approx([1, 0, 2 / 3])
     first, second, third = kept["test.references"].tolist()
     assert first == third != second
+
+
+def test_a_split_with_outputs_that_are_no_numbers_is_not_scored(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An argmax takes NaN for the first class."""
+    rows = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
+    task = task_class("text-classification").from_rows(rows, "rows", Scores(metrics=("accuracy",)))[0]
+    logits = np.array([[0.0, 1.0], [np.nan, 0.0]], dtype=np.float32)
+    outcome = EvalResult(metrics={"accuracy": 1.0, "loss": np.nan}, rows=2, judged=[*logits],
+                         predictions=logits.argmax(axis=1), references=np.array([1, 0]))  # fmt: skip
+    monkeypatch.setattr(results, "evaluate_split", lambda *_, **__: outcome)
+    reporter = Mock()
+    found = results.score_reported(Mock(task=task, reported={"test": Mock()}), Mock(), run, Mock(), reporter)
+    assert found["test"] == pytest.approx({"accuracy": np.nan, "loss": np.nan}, nan_ok=True)
+    said = "warning: test: the model's output is not a number (NaN) for 1 of 2 rows, so it is not scored"
+    assert said in reporter.note.call_args.args[0]
+    assert not load_file(run.path / "predictions.safetensors")
