@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import re
 import warnings
@@ -31,6 +32,9 @@ from mirrortune.models.load import ModelSource, forward_parameters, load_image_p
 
 Image = Any  # PIL.Image.Image; Pillow is imported when the first image is
 _WHITE = 255
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+"""Mark at the end of a file, by format."""
+_TAIL = 1024  # bytes that are searched for the mark, which some programs write a few others after
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -165,10 +169,13 @@ class ImageExamples(Examples):
         return f"{counted(len(self), 'row')}, {size}"
 
     def check(self) -> None:
-        """Open every image without decoding it; DataError with the first that fails."""
+        """Open every image, without decoding it if its file ends as its format does; DataError with the first that
+        fails.
+        """
         for row in range(len(self)):
-            with self._opened(row):
-                pass
+            with self._opened(row) as image:
+                if not _has_its_end(image):  # cut short, or merely written without an end
+                    image.load()
 
     def _image(self, row: int) -> Image:
         with self._opened(row) as opened:
@@ -198,6 +205,19 @@ def _formats() -> tuple[str, ...]:
 
     Pillow.init()
     return tuple(sorted({*IMAGE_FORMATS.values()} & {*Pillow.OPEN}))
+
+
+def _has_its_end(image: Image) -> bool:
+    """Return whether the file of an opened image has the mark at its end that its format demands, if it does."""
+    mark, file = _ENDS.get(image.format), getattr(image, "fp", None)
+    if mark is None or file is None:
+        return True
+    place = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _TAIL))
+    tail = file.read(_TAIL)
+    file.seek(place)
+    return mark in tail
 
 
 def _bomb_size(error: Exception) -> str:

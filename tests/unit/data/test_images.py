@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from mirrortune.data.columns import choose_media_columns
@@ -160,10 +161,23 @@ def test_images_that_cannot_be_opened_are_refused_at_once(vision: Path, value: A
     assert says in str(caught.value)
 
 
-def test_an_image_cut_short_names_its_row(vision: Path) -> None:
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_an_image_cut_short_is_refused_at_once_and_one_with_more_after_its_end_is_not(
+    vision: Path, format: str
+) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    rows = examples([encoded(noise)[:3000]], reader(vision))
-    with pytest.raises(DataError, match=r"rows\.parquet row 1: its image cannot be read \(OSError: .*truncated"):
+    whole = encoded(noise, format)
+    with pytest.raises(DataError, match=r"rows\.parquet row 2: its image cannot be read \(OSError: .*truncated"):
+        examples([whole, whole[: len(whole) // 2]], reader(vision))
+    first, second = examples([whole, whole + bytes(2000)], reader(vision)).batch(np.arange(2))["pixel_values"]
+    assert torch.equal(first, second)
+
+
+def test_an_image_damaged_within_names_its_row(vision: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    whole = encoded(noise, "PNG")
+    rows = examples([whole[:3000] + bytes(3000) + whole[6000:]], reader(vision))
+    with pytest.raises(DataError, match=r"rows\.parquet row 1: its image cannot be read"):
         rows.batch(np.array([0]))
 
 
