@@ -15,6 +15,9 @@ from torch import nn
 from mirrortune.adapters.kinds import QuantisedLinear, plain_dtype
 from mirrortune.errors import ConfigError
 
+# On CPUs with AVX512-BF16, importing bitsandbytes, which PEFT does as well, warns that an optional kernel is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 _QUANTISED = QuantisedLinear()
 # Attributes that transformers and its quantisers set on a model and that must be removed from a dequantised one. Saving
 # reverses the recorded weight conversions or, without a record, only those of the architecture.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -359,3 +360,8 @@ def test_a_packed_layer_that_cannot_be_called_by_itself_is_named() -> None:
     model.up.forward = lambda x: x @ model.up.packed.to(torch.int8)  # type: ignore[method-assign, operator]
     with pytest.raises(ConfigError, match=r"cannot be called by itself.*Load the model dequantised"):
         find_targets(model, AdapterSpec()).layers["up"].read(model)
+
+
+def test_an_optional_kernel_of_bitsandbytes_is_not_missed() -> None:
+    name = pytest.importorskip("bitsandbytes.backends.cpu.ops").logger.name
+    assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
