@@ -128,7 +128,7 @@ def as_started(recipe: Recipe, run: RunDirectory) -> Recipe:
     Raises:
         VerificationError: the recorded defaults are damaged.
     """
-    path = run.path / _ENVIRONMENT
+    path = run.settled / _ENVIRONMENT
     used = (json_object_or_none(path) or {}).get("defaults", {})
     sections = recipe.model_dump(mode="json")
     with damage(str(path)):

@@ -208,6 +208,14 @@ class RunDirectory:
         marker = read_marker(self.path)
         return marker is not None and marker.is_pending
 
+    @property
+    def settled(self) -> Path:
+        """The folder of the run that :meth:`held` will find: one set aside by a run that was killed too early, or
+        ``path``.
+        """
+        old = place_of_replaced(self.path)
+        return old if (self.is_pending or not self.is_marked) and read_marker(old) is not None else self.path
+
     def take_place(self) -> None:
         """Delete the run that this run replaces, once this run can be continued."""
         marker = read_marker(self.path)

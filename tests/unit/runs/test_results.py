@@ -251,3 +251,15 @@ def test_a_split_with_outputs_that_are_no_numbers_is_not_scored(
     said = "warning: test: the model's output is not a number (NaN) for 1 of 2 rows, so it is not scored"
     assert said in reporter.note.call_args.args[0]
     assert not load_file(run.path / "predictions.safetensors")
+
+
+def test_a_run_set_aside_by_one_that_was_killed_too_early_is_continued_with_its_own_defaults(
+    run: RunDirectory,
+) -> None:
+    run.write_json("environment.json", {"defaults": {"train.lr": 0.02}})
+    run.create(overwrite=True)
+    run.write_json("environment.json", {"defaults": {"train.lr": 0.5}})
+
+    assert as_started(Recipe(), run).train.lr == 0.02
+    run.take_place()
+    assert as_started(Recipe(), run).train.lr == 0.5
