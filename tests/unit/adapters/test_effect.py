@@ -10,7 +10,8 @@ import torch
 
 from mirrortune.adapters import effect as effects
 from mirrortune.adapters.cores.givens import Givens
-from mirrortune.adapters.effect import EXACT_EFFECT_TOLERANCE, effect, effect_error
+from mirrortune.adapters.effect import EXACT_EFFECT_TOLERANCE, change_error, effect, effect_error
+from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.pairings.rules import mirror
 from mirrortune.adapters.svd import Factors
 
@@ -41,3 +42,23 @@ def test_blocks_add_up(monkeypatch: pytest.MonkeyPatch, stack: Any) -> None:
     torch.testing.assert_close(whole.left, probes @ factors.U.double(), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(parts.left, whole.left, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(parts.right, whole.right, rtol=1e-13, atol=1e-13)
+
+
+def test_a_change_of_weights_is_known_by_its_effect() -> None:
+    factors, before = some_factors(50, 24), torch.randn(50, 44, generator=torch.Generator().manual_seed(1)).bfloat16()
+    core = Givens(factors.S, mirror(24, None))
+    core.theta.data.normal_(std=1e-3)
+    expected, delta = effect(factors, core).float(), delta_weight(factors, core)
+    assert change_error(before, before.double() + delta, expected) < 1e-6
+    assert change_error(before, before.double() + 0.95 * delta, expected) == pytest.approx(0.05, rel=1e-4)
+    assert change_error(before, before.double() - delta, expected) == pytest.approx(2, rel=1e-4)
+    assert change_error(before, before.double(), expected) == pytest.approx(1, rel=1e-4)
+    stacked = [torch.stack([a, 2 * a]) for a in (before, before.double() + delta)]
+    assert change_error(*stacked, torch.cat([expected, 2 * expected])) < 1e-6
+    assert change_error(*stacked, torch.cat([expected, expected])) == pytest.approx(1, rel=1e-4)
+
+
+def test_rounding_errors_in_float64_are_no_change() -> None:
+    before = torch.randn(50, 44, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert change_error(before, before * (1 + 1e-15), torch.zeros(1, 16)) == 0
+    assert change_error(before, before * (1 + 1e-9), torch.zeros(1, 16)) == float("inf")
