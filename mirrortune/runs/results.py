@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -161,6 +162,38 @@ def _defaults(job: Job, recipe: Recipe) -> dict[str, Any]:
     options = {key: value for key, value in settled.options.items() if key not in spec.options}
     found = {key: value for key, value in used.items() if value is not None and given[key] in _UNSET}
     return {**found, "adapter.options": options}
+
+
+_CHOOSE_DEFAULTS = ("adapter.method", "model.name", "task.kind")
+
+
+def other_defaults(job: Job, resolved: Resolved) -> Iterator[str]:
+    """Yield a remark on a saved recipe that is run again with other defaults than those of its run (:func:`_defaults`).
+
+    Another method, model or task than those of the saved recipe has other defaults on purpose.
+    """
+    given = flatten(resolved.recipe)
+    for file in resolved.files:
+        run = RunDirectory(file.parent)
+        used = (json_object_or_none(run.path / _ENVIRONMENT) or {}).get("defaults")
+        if file.name != run.recipe.name or not isinstance(used, dict):
+            continue
+        saved = flatten(read_saved_recipe(file))
+        if any(saved[key] != given[key] for key in _CHOOSE_DEFAULTS):
+            continue
+        before, now = _one_by_one(used), _one_by_one(json.loads(json.dumps(_defaults(job, resolved.recipe))))
+        changed = {key: before[key] for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
+        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+        if words:
+            yield f"{file} was run with other defaults than there are here; to repeat that run, add {shlex.join(words)}"
+
+
+def _one_by_one(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded defaults with every option of the method under a key of its own."""
+    found: dict[str, Any] = {}
+    for key, value in defaults.items():
+        found |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def changed_settings(before: Recipe, now: Recipe, free: Collection[str]) -> Iterator[tuple[str, str, str]]:

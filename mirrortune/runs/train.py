@@ -31,6 +31,7 @@ from mirrortune.runs.results import (
     check_same_data,
     check_same_recipe,
     environment,
+    other_defaults,
     peak_memory_bytes,
     peak_reserved_bytes,
     restore_kept,
@@ -149,7 +150,7 @@ def _train(
     seed_everything(settings.loop.seed)  # the head's initial weights
     adapted = load_adapted_base(job, run, accelerator, reporter, resume=resume)
     model = adapted.model
-    for text in remarks(model):
+    for text in (*remarks(model), *(() if resume else other_defaults(job, resolved))):
         reporter.note(text)
 
     def record() -> None:

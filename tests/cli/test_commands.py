@@ -495,18 +495,23 @@ def test_a_run_is_continued_with_the_defaults_that_it_was_started_with(
     monkeypatch.setattr("mirrortune.data.tokenize.resolve_max_length.__defaults__", (16,))
 
     again = mirrortune(*words, "-o", "run", "--resume")
+    new = mirrortune("train", "run/recipe.yaml", "-o", "new")
+    lora = mirrortune("train", "run/recipe.yaml", "--method", "lora", "-o", "lora")
     named = mirrortune("train", "run/recipe.yaml", "--lr", 0.02, "--resume")
     other = mirrortune(*words, "-o", "run", "--lr", 0.5, "--resume")
     method = mirrortune(*words, "-o", "run", "--method", "lora", "--resume")
-    mirrortune(*words, "-o", "new")
 
     assert (again.exit_code, named.exit_code) == (0, 0), again.said + named.said
     assert "--resume: train.lr: the run was started with 0.02, got 0.5. Use the same settings." in other.said
     assert "--resume: adapter.method: the run was started with 'mirror-scale', got 'lora'." in method.said
-    assert [call.kwargs["settings"].lr for call in fitted.call_args_list] == [0.02, 0.02, 0.02, 0.5]
-    specs = [attachment(call.args[0]).spec.resolved_options["unit"] for call in fitted.call_args_list[1:]]
-    assert specs == ["weight", "weight", "angle"]
-    assert [call.kwargs["train"].max_length for call in fitted.call_args_list] == [64, 64, 64, 16]
+    calls = fitted.call_args_list
+    assert [call.kwargs["settings"].lr for call in calls] == [0.02, 0.02, 0.5, PRESETS["lora"].lr, 0.02]
+    specs = [attachment(call.args[0]).spec.resolved_options["unit"] for call in (calls[1], calls[2], calls[4])]
+    assert specs == ["weight", "angle", "weight"]
+    assert [call.kwargs["train"].max_length for call in calls] == [64, 64, 16, 16, 64]
+    said = "run/recipe.yaml was run with other defaults than there are here; to repeat that run, add"
+    assert f"{said} adapter.options.unit=weight data.max_length=64 train.lr=0.02" in new.said
+    assert said not in again.said + named.said + lora.said
 
 
 def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, copy: Path) -> None:
