@@ -29,6 +29,7 @@ _MOVES = {"_to_copy", "copy_", "_copy_from", "_local_scalar_dense"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _LOWERED = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d")
 _RAISED = ("layer_norm", "softmax.int", "log_softmax.int", "cross_entropy_loss", "mse_loss")
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _KEPT: list[Any] = []  # libraries of kernels, which are removed when they are collected
 
 
@@ -36,6 +37,7 @@ class Sim(torch.Tensor):
     """A tensor of the device."""
 
     has_float64 = True
+    has_tf32 = False
     raw: torch.Tensor
 
     @staticmethod
@@ -105,6 +107,8 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["device"] = torch.device("cpu")
     kwargs |= {"pin_memory": False} if "pin_memory" in kwargs else {}
     raw_args, raw_kwargs = tree_map(lambda t: t.raw if isinstance(t, Sim) else t, (args, kwargs))
+    if Sim.has_tf32 and own and name in _PRODUCTS:
+        raw_args = tree_map(_rounded, raw_args)
     if name == "_copy_from":
         raw_args[1].copy_(raw_args[0])
         return args[1]
@@ -119,6 +123,13 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         return wrappers[id(t)] if id(t) in wrappers else Sim(t) if isinstance(t, torch.Tensor) else t
 
     return tree_map(wrapped, found)
+
+
+def _rounded(value: Any) -> Any:
+    """Round numbers in float32 to the 10 bits of TF32."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return value
+    return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def _cast(name: str, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
@@ -166,10 +177,14 @@ def _through_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def start(*, has_float64: bool = True) -> None:
+def start(*, has_float64: bool = True, has_tf32: bool = False) -> None:
     """Make the device that of models in this process.
 
     Functions are changed in place, since other modules have imported them.
+
+    Args:
+        has_float64: whether tensors can be in float64.
+        has_tf32: whether factors in float32 are rounded to TF32, as by ``torch.set_float32_matmul_precision("high")``.
     """
     from mirrortune.system import devices
     from mirrortune.system.distributed import sharding
@@ -178,6 +193,7 @@ def start(*, has_float64: bool = True) -> None:
     register()
     devices.default_device.__code__ = (lambda: torch.device("sim")).__code__
     sharding.is_whole.__code__ = (lambda tensor: True).__code__  # wrappers are whole tensors, unlike those of shards
+    Sim.has_tf32 = has_tf32
     if not has_float64:
         Sim.has_float64 = False
         devices.float64_device.__code__ = (lambda device: torch.device("cpu")).__code__

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.errors import ConfigError, DataError
-from mirrortune.system.devices import float64_device, to_float64
+from mirrortune.system.devices import to_float64
 
 # Bound on ||A v - s u|| and ||A^T u - s v|| of each triplet, relative to the largest singular value. It holds for every
 # triplet, whereas a simple randomised decomposition is accurate on average and inaccurate for single triplets.
@@ -365,12 +365,13 @@ def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
     if tuple(tuple(part.shape) for part in (factors.U, factors.S, factors.Vh)) != shapes:
         return False
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    W = weight.to(float64_device(weight.device)).to(dtype)
+    # On the CPU: a GPU may compute products of float32 in TF32, whose rounding errors exceed the tolerance.
+    W = weight.cpu().to(dtype)
     U, S, Vh = (part.to(W.device, dtype) for part in (factors.U, factors.S, factors.Vh))
     if not bool((S >= 0).all()) or not bool((S.diff() <= 0).all()) or bool(Vh[..., smaller:, :].any()):
         return False
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
-    z = torch.randn((*S.shape, 1), generator=generator, dtype=dtype).to(W.device)
+    z = torch.randn((*S.shape, 1), generator=generator, dtype=dtype)
     top, scaled, inside = S[..., :1], S[..., None] * z, z[..., :smaller, :]
     pairs = (
         (W @ (Vh.mT @ z), U @ scaled, top), (W.mT @ (U @ z), Vh.mT @ scaled, top),
@@ -382,7 +383,7 @@ def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
 
 def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator) -> bool:
     """Return whether the power method finds no direction outside Vh that W scales by more than the last value of S."""
-    x = torch.randn((*W.shape[:-2], W.shape[-1], 1), generator=generator, dtype=W.dtype).to(W.device)
+    x = torch.randn((*W.shape[:-2], W.shape[-1], 1), generator=generator, dtype=W.dtype)
     most = S[..., -1:].double() + _PROBED * S[..., :1].double()
     for _ in range(_POWER_STEPS):
         x = x - Vh.mT @ (Vh @ x)

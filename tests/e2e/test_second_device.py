@@ -62,6 +62,21 @@ for method in ("mirror-scale", "neighbor", "svft", "psoft", "lora-xs", "speclora
             torch.testing.assert_close(answers(bank.model)[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-5)
 """
 
+_IN_TF32 = """
+import torch
+from tests import second_device
+second_device.start(has_tf32=True)
+from mirrortune import attach
+from tests.tiny_models import tiny_bert
+
+made, svd = [], torch.linalg.svd
+torch.linalg.svd = lambda matrix, **options: (made.append(1), svd(matrix, **options))[1]
+attach(tiny_bert(17).to("sim"), "mirror")
+expected = len(made)  # of weights that no other test has put into the cache
+attach(tiny_bert(17).to("sim"), "mirror")
+assert len(made) == expected > 0, "factors come from the cache, however the device rounds its products"
+"""
+
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -126,6 +141,10 @@ def test_a_device_without_float64_trains_rotations_and_draws_answers(desk: Path)
 @pytest.mark.parametrize("float64", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_models_that_are_on_the_device_are_adapted_there(desk: Path, float64: bool) -> None:
     on_device(desk, str(float64), start=("-c", _IN_PYTHON))
+
+
+def test_cached_factors_are_believed_whatever_the_device_rounds(desk: Path) -> None:
+    on_device(desk, start=("-c", _IN_TF32))
 
 
 @pytest.mark.slow
