@@ -181,8 +181,8 @@ class SpectralLinear(Spectral):
         side = self.cheaper_side if is_fused and dtype in _EXACT else None
         if side == "input" and torch.is_grad_enabled() and not x.requires_grad:
             side = None  # acting on one side would need the gradient of the input to compute that of the core
-        side, coefficients = self._coefficients(side)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            side, coefficients = self._coefficients(side)
             if side:
                 product = one_sided_product(given, base, U if side == "output" else Vh, side, self.core, coefficients)
             elif is_fused:
@@ -202,7 +202,7 @@ class SpectralLinear(Spectral):
         """Return the side on which the core acts alone, None if on both, and its coefficients there."""
         # First, so that a compiled model is not compiled again when values are held.
         if not torch.compiler.is_compiling() and self._held is not None and not torch.is_grad_enabled():
-            key = (side, self.U.device, torch.is_autocast_enabled(self.U.device.type))
+            key = (side, self.U.device)
             if key not in self._held:
                 self._held[key] = self._computed(side)
             return self._held[key]

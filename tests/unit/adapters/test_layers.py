@@ -106,6 +106,20 @@ def test_backward_gives_the_same_gradients_inside_and_outside_autocast(strategy:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("strategy", ["branch", "factored"])
+def test_coefficients_are_computed_in_float32_under_autocast(strategy: str) -> None:
+    series = Variant("psoft", None, (("neumann_terms", 5),))
+    layer = build_layer(FULL, series, strategy, dtype=torch.float32, seed=3)
+    found = []
+    compute = layer.core.coefficients
+    layer.core.coefficients = lambda **how: (found.append(compute(**how)), found[-1])[1]  # type: ignore[method-assign]
+    x = FULL.rows(3).float()
+    layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert torch.equal(found[0][0], found[1][0])
+
+
 def test_no_gradient_is_asked_for_frozen_inputs() -> None:
     layer = build_layer(FULL, GIVENS, "factored", seed=1)
     layer(FULL.rows(3)).sum().backward()
