@@ -404,12 +404,13 @@ def _num_gpus() -> int:
 
 
 def _device(slot: int, jobs: int) -> dict[str, str]:
-    """Return environment variables that give a cell its GPU or its share of the CPU cores."""
+    """Return environment variables that give a cell its GPU, if there are several, and its share of the CPU cores."""
+    from mirrortune.system.devices import num_cores  # noqa: PLC0415
+
+    # On GPUs too, because weights are factorised on the CPU.
+    found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))}
     if (count := _num_gpus()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(count)]
-        return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
-    from mirrortune.system.devices import num_cores  # noqa: PLC0415
-
-    threads = max(1, num_cores() // jobs)
-    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        found["CUDA_VISIBLE_DEVICES"] = devices[slot % count].strip()  # more may be listed than there are
+    return found

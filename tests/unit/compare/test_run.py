@@ -174,13 +174,14 @@ def test_rows_that_train_or_choose_are_no_test_rows(
 def test_runs_share_the_gpus_only_where_they_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
-    assert default_jobs() == 3
-    assert [_device(slot, 4) for slot in (2, 3)] == [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "4"}]
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert default_jobs() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,7,-1,8")  # CUDA uses those before the first that is none
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert default_jobs() == 3
+    found = [_device(slot, 4) for slot in (1, 2, 3)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"} for gpu in "574"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert default_jobs() == 1
     assert _device(2, 4) == {"OMP_NUM_THREADS": "2"}
 
 
