@@ -201,8 +201,9 @@ def first_of(names: Iterable[str], most: int = 40, joint: str = ", ") -> str:
 def known_error(error: BaseException) -> ResourceError | None:
     """Return the error to report for a known exception of torch or the system, or None for any other exception.
 
-    Known are: a device out of memory, a model that does not compute in 16 bits, a GPU that torch has no code for, a
-    file or folder without permission, such as a folder that may be entered but not listed, and a name that is too long.
+    Known are: a device out of memory, a model that does not compute in 16 bits, flash attention in float32, a GPU that
+    torch has no code for or that is busy, a file or folder without permission, such as a folder that may be entered but
+    not listed, and a name that is too long.
     """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
         fix = "Permit it (chmod u+rx for a folder), or choose another path"
@@ -228,11 +229,23 @@ def known_error(error: BaseException) -> ResourceError | None:
             fix="Install a build that has (torch.cuda.get_arch_list() lists them), or set CUDA_VISIBLE_DEVICES= to use "
             "the CPU",
         )  # fmt: skip
+    if is_torch and _BUSY in text:
+        return ResourceError(
+            "device", f"another process has the GPU for itself ({text})",
+            fix="Wait for it, or choose another GPU with CUDA_VISIBLE_DEVICES (none: the CPU)",
+        )  # fmt: skip
+    if is_torch and _NO_FLOAT32 in text:
+        return ResourceError(
+            "model.attention", f"flash attention computes in 16 bits only ({text})",
+            fix="Use --precision bf16 or fp16, or model.attention=sdpa",
+        )  # fmt: skip
     return None
 
 
 # Of CUDA, MPS and XPU; of CPUs; of CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED), which get what torch has left them.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+_BUSY = "busy or unavailable"  # as for a GPU in the compute mode EXCLUSIVE_PROCESS
+_NO_FLOAT32 = "FlashAttention only support fp16 and bf16"
 _NO_CODE = "no kernel image is available"  # GPUs older or newer than those that a build was made for
 _NOT_IN_16_BITS = (
     "BFloat16 without overflow",

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError, ResourceError, known_error
 from mirrortune.system.paths import ModelPlace
 
 # Exceptions caused by missing keys and by sizes that are negative, not divisible or of the wrong type.
@@ -89,7 +89,8 @@ def damage_errors(
 ) -> Iterator[None]:
     """Report exceptions about impossible values in a model's files as ConfigError.
 
-    Exceptions that the model's remote code may have raised are passed on.
+    Exceptions that the model's remote code may have raised are passed on, and those of the device, onto which quantised
+    weights are loaded.
 
     Raises:
         ConfigError: the block raised such an exception; the error names the model.
@@ -98,7 +99,7 @@ def damage_errors(
     try:
         yield
     except _DAMAGE as error:
-        if trust_remote_code:
+        if trust_remote_code or known_error(error) is not None:
             raise
         if sys.flags.optimize > 1:
             problem, fix = "transformers needs the docstrings of models", "Start it without -OO and PYTHONOPTIMIZE=2"

@@ -57,6 +57,8 @@ def test_a_name_with_line_breaks_or_without_an_end_stays_one_short_line() -> Non
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
         (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`"), "memory"),
         (RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile"), "device"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors"), "device"),
+        (RuntimeError("FlashAttention only support fp16 and bf16 data type"), "model.attention"),
         (RuntimeError("value cannot be converted to type at::Half without overflow"), "train.precision"),
         (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"), "train.precision"),
         (PermissionError(13, "Permission denied", "rows"), "rows"),

@@ -60,3 +60,11 @@ def test_python_without_docstrings_is_not_called_damage(monkeypatch: pytest.Monk
         damage_errors("tiny", trust_remote_code=False),
     ):
         raise ValueError("No `Args` or `Parameters` section is found in the docstring of `BaseModelOutput`.")
+
+
+def test_a_failure_of_the_device_is_not_called_damage() -> None:
+    """bitsandbytes quantises weights on the GPU while they are loaded."""
+    with pytest.raises(RuntimeError, match="no kernel image"), damage_errors("tiny", trust_remote_code=False):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    with pytest.raises(ConfigError, match="Download or copy it again"), damage_errors("t", trust_remote_code=False):
+        raise RuntimeError("shape '[3]' is invalid for input of size 2")
