@@ -130,7 +130,8 @@ class Mixer:
             buffers = [dict(core.named_buffers()) for core in cores]
             self._numbers |= {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
         self.has_branch = type(self.core).beside is not Core.beside
-        found, dims = self._all_coefficients(is_delta=part.strategy == "branch")
+        with torch.autocast(device.type, enabled=False):
+            found, dims = self._all_coefficients(is_delta=part.strategy == "branch")
         dtype = torch.promote_types(held.factors.U.dtype, torch.float32)  # float64 for a float64 model, as in a layer
         self._coefficients = tuple(c.to(dtype) if c.is_floating_point() else c for c in found), dims
         self._of_rows: Coefficients | None = None

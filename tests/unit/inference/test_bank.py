@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def test_rows_with_other_numbers_of_classes(bert: Cases) -> None:
     assert torch.isneginf(logits).tolist() == [[False] * 3, [False, False, True], [False, False, True], [False] * 3]
     assert float(logits.softmax(dim=-1)[1, 2]) == 0, "a class that a row does not have is never likely"
     bert.check(bank, ["three", "a", None, "three"], [0, 1, 2, 3])
+
+
+def test_coefficients_are_computed_in_float32_under_autocast(bert: Cases, tmp_path: Path) -> None:
+    save_trained(tiny_bert(), tmp_path / "series", 1, method="psoft", rank=4, neumann_terms=5)
+    found: list[Tensor] = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        bank = mirrortune.AdapterBank(tiny_bert())
+        bank.add("series", tmp_path / "series")
+        with torch.no_grad(), bank.rows(["series"] * 4), context:
+            serving = bank._peek()
+            assert serving is not None
+            (group,) = serving.groups(next(iter(bank._seats.values())))
+        found += group.parts[0].mixers[0]._coefficients[0]  # type: ignore[attr-defined]
+    assert torch.equal(*found)
 
 
 def test_an_adapter_without_a_head_has_no_classes(llama: Cases) -> None:
