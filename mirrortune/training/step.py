@@ -279,6 +279,7 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
         self.objective, self.tally, self.num_micro, self.batch_size = objective, tally, num_micro, batch_size
+        self.sharding = Sharding.of(accelerator)
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> StepResult:
         """Make a step on the next global batch.
@@ -312,7 +313,8 @@ class Stepper:
         return totals, part
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
-        inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
+        with self.sharding.training_autocast():
+            inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
         task = self.objective.task
         loss: Tensor
         items: int | Tensor

@@ -7,7 +7,7 @@ Unless stated otherwise, functions are collective: all processes of a run call t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +64,12 @@ class Sharding:
         enabled = self.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
+    def training_autocast(self) -> AbstractContextManager[object]:
+        """Return the autocast context for a model that is called through the wrapper of :meth:`prepare`: of those of
+        accelerate and DeepSpeed, all but FSDP2's enter it themselves.
+        """
+        return self.autocast() if self.library == "FSDP2" else nullcontext()
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> tuple[Any, Any]:
         """Move a model to the device and wrap or shard it; return it with accelerate's optimizer.
 
@@ -81,7 +87,10 @@ class Sharding:
             prepared = deepspeed.make_engine(model, optimizer, self.accelerator, max_grad_norm=max_grad_norm)
             return prepared
         if self.library:
-            _choose_units(model, self.accelerator.state.fsdp_plugin)
+            plugin = self.accelerator.state.fsdp_plugin
+            _choose_units(model, plugin)
+            # Precision is left to autocast: in bf16, accelerate has FSDP2 round trained parameters and gradients too.
+            plugin.mixed_precision_policy = None
         with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2, accelerate imports DeepSpeed, which prints
             prepared = self.accelerator.prepare(model, optimizer)
         return prepared

@@ -31,9 +31,9 @@ FSDP = {
 }
 
 
-def launch_sharded(folder: Path, *words: object) -> str:
+def launch_sharded(folder: Path, *words: object, precision: str = "no") -> str:
     """What two processes under FSDP2 print to stdout."""
-    process = launch("two_ranks", folder, *words, env=FSDP)
+    process = launch("two_ranks", folder, *words, env={**FSDP, "ACCELERATE_MIXED_PRECISION": precision})
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -150,6 +150,17 @@ def test_a_sharded_command_is_that_of_one_process(tmp_path: Path, kind: str) -> 
     assert two["trainable_parameters"] == one["trainable_parameters"]
     assert mirrortune("eval", tmp_path / "two", "--json").data["metrics"] == pytest.approx(two["metrics"], rel=1e-5)
     assert mirrortune("merge", tmp_path / "two", "-o", tmp_path / "merged", "--json").data["verification"]["passed"]
+
+
+@pytest.mark.slow
+def test_what_is_trained_in_shards_is_not_rounded_to_16_bits(tmp_path: Path) -> None:
+    """PSOFT puts its parameters into a matrix in float32, which takes no others."""
+    words: list[object] = ["train", "-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification"]
+    words += ["-d", write_table(tmp_path / "reviews.csv", reviews(61)), "--method", "psoft", "--rank", 8, "--json"]
+    words += ["--max-steps", 3, "--lr", 0.05, "--precision", "bf16"]
+    two = launch_sharded(tmp_path, *words, "-o", tmp_path / "two", "--batch-size", 4, precision="bf16")
+    one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 8).data
+    assert json.loads(two)["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
