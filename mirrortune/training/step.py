@@ -99,6 +99,8 @@ class PlainUpdate(Update):
         """Multiply the gradients by ``factor``, clip them, and return their norm before clipping, shape ()."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
+        if {gradient.dtype for gradient in gradients} == {torch.float32}:
+            factor = factor.float()  # as each product would; of equal dtypes, CUDA has one kernel for all gradients
         # DistributedDataParallel averages over ranks, but the mean must be over the items of all ranks.
         torch._foreach_mul_(gradients, factor)
         return whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))

@@ -590,6 +590,20 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     assert norms[0] == norms[1] > 1e-3  # what is logged is the norm before clipping
 
 
+def test_gradients_are_multiplied_in_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, found = torch._foreach_mul_, set()
+
+    def multiplied(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+        found.update((gradient.dtype, factor.dtype) for gradient in gradients)
+        multiply(gradients, factor)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", multiplied)
+    make_trainer(tmp_path, max_steps=1).fit()
+    assert found == {(torch.float32, torch.float32)}, (
+        "CUDA has one for all gradients only where the factor is like them"
+    )
+
+
 def test_one_row_can_be_trained_on(tmp_path: Path) -> None:
     result = make_trainer(tmp_path, train=sentences(1), batch_size=4, gradient_accumulation_steps=3).fit()
     assert result.global_step == 2
