@@ -14,6 +14,7 @@ from torch import nn
 
 from mirrortune.adapters.kinds import QuantisedLinear, plain_dtype
 from mirrortune.errors import ConfigError
+from mirrortune.system.devices import has_bf16, uses_cuda
 
 # On CPUs with AVX512-BF16, importing bitsandbytes, which PEFT does as well, warns that an optional kernel is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -40,6 +41,8 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
     config: Any = BitsAndBytesConfig
     if load_in == "8bit":
         return config(load_in_8bit=True)
+    if dtype == torch.bfloat16 and uses_cuda() and not has_bf16():
+        dtype = torch.float16  # as a run computes there; such a GPU emulates bfloat16, at a fraction of the speed
     return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

@@ -28,6 +28,7 @@ from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging.bases import load_plain
 from mirrortune.merging.in_memory import merged_state
+from mirrortune.models import quantized
 from mirrortune.models.load import find_model, load_model, task_config
 from mirrortune.models.quantized import dequantise, keep_trainable, loading_config
 from mirrortune.system.devices import widen
@@ -105,6 +106,18 @@ def logits(model: nn.Module) -> Tensor:
         warnings.simplefilter("ignore")
         found: Tensor = model(TOKENS).logits
     return found
+
+
+@pytest.mark.parametrize(("is_native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_emulates_bfloat16_computes_4_bit_layers_in_float16(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool, expected: torch.dtype
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert loading_config("4bit", torch.bfloat16).bnb_4bit_compute_dtype == torch.bfloat16, "on a CPU"
+    monkeypatch.setattr(quantized, "uses_cuda", lambda: True)
+    monkeypatch.setattr(quantized, "has_bf16", lambda: is_native)
+    assert loading_config("4bit", torch.bfloat16).bnb_4bit_compute_dtype == expected
+    assert loading_config("4bit", torch.float32).bnb_4bit_compute_dtype == torch.float32
 
 
 def test_a_packed_layer_of_any_make_is_read_by_what_it_computes() -> None:
