@@ -191,8 +191,8 @@ def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: 
     job = assemble(settings, reporter)
     if resumed is not None:
         sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
-    if Sharding.of(accelerator).stage and job.source.is_quantised:
-        raise ConfigError("model.load_in", "DeepSpeed is untested with quantised weights", fix="Use ddp")
+    if (library := Sharding.of(accelerator).library) and job.source.is_quantised:
+        raise ConfigError("model.load_in", f"{library} is untested with quantised weights", fix="Use ddp")
     return job
 
 

@@ -9,6 +9,7 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from mirrortune.merging.in_memory import merged_state
 from mirrortune.models import quantized
 from mirrortune.models.load import find_model, load_model, task_config
 from mirrortune.models.quantized import dequantise, keep_trainable, loading_config
+from mirrortune.runs import train
+from mirrortune.system.console import Reporter
 from mirrortune.system.devices import widen
 from tests.spectral import relative
 from tests.tiny_models import tiny_causal
@@ -118,6 +121,22 @@ def test_a_gpu_that_emulates_bfloat16_computes_4_bit_layers_in_float16(
     monkeypatch.setattr(quantized, "has_bf16", lambda: is_native)
     assert loading_config("4bit", torch.bfloat16).bnb_4bit_compute_dtype == expected
     assert loading_config("4bit", torch.float32).bnb_4bit_compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(("sharding", "library"), [
+    ({"is_fsdp2": True}, "FSDP2"),
+    ({"state": SimpleNamespace(deepspeed_plugin=SimpleNamespace(
+        deepspeed_config={"zero_optimization": {"stage": 2}}))}, "DeepSpeed"),
+])  # fmt: skip
+def test_quantised_weights_are_not_sharded(
+    monkeypatch: pytest.MonkeyPatch, sharding: dict[str, Any], library: str
+) -> None:
+    job = SimpleNamespace(source=SimpleNamespace(is_quantised=True))
+    monkeypatch.setattr(train, "assemble", lambda *_: job)
+    settings: Any = None
+    assert train._assemble(settings, None, SimpleNamespace(), Reporter()) is job
+    with pytest.raises(ConfigError, match=f"{library} is untested with quantised weights"):
+        train._assemble(settings, None, SimpleNamespace(**sharding), Reporter())
 
 
 def test_a_packed_layer_of_any_make_is_read_by_what_it_computes() -> None:
