@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import attachment
@@ -63,7 +63,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     factors, seconds = factor_source(base, clock) if options.factors == "real" else (any_factors, None)
     tokens = options.batch * options.length
-    made = {name: contestant(base, name, factors, tokens=tokens) for name in options.methods}
+    made: dict[str, Contestant] = {}
+    for name in options.methods:
+        try:
+            made[name] = contestant(base, name, factors, tokens=tokens)
+        except Exception as error:  # noqa: BLE001  (a tuner of PEFT's, on a device that it has never run on)
+            _leave_out(name, error)
     found: dict[str, dict[str, Any]] = {
         name: {"trained": one.trained, "adapter_bytes": one.adapter_bytes} for name, one in made.items()
     }
@@ -86,8 +91,8 @@ def turns(
     """Seconds of each step of each contestant, and of the reference's step in the same turn.
 
     Their order is another in every turn: who comes after a method that touched gigabytes pays for it. What takes
-    :data:`_SLOW` times the reference's in the first turn takes one more, and that one counts. What runs out of the
-    GPU's memory is left out.
+    :data:`_SLOW` times the reference's in the first turn takes one more, and that one counts. What runs out of memory,
+    or has no kernel on the device, is left out.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (REFERENCE, *made)}
     running, slow = list(taken), set[str]()
@@ -99,9 +104,8 @@ def turns(
             try:
                 made[name].step(batch)
                 wait()
-            except torch.OutOfMemoryError:
-                if name == REFERENCE:
-                    raise
+            except RuntimeError as error:
+                _leave_out(name, error)
                 made[name].optimizer.zero_grad()
                 del taken[name]
                 continue
@@ -112,6 +116,13 @@ def turns(
         running = [name for name in own if name not in slow]
         slow = {name for name in own if turn == 0 and own[name] > _SLOW * own[REFERENCE]}
     return taken
+
+
+def _leave_out(name: str, error: Exception) -> None:
+    """Say why a method is left out; without the reference, nothing can be compared."""
+    if name == REFERENCE:
+        raise error
+    print(f"{name} is left out: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def table(found: dict[str, Any]) -> str:
@@ -132,7 +143,7 @@ def table(found: dict[str, Any]) -> str:
         least = methods.get(FROZEN)
         has_stepped = "step_ratio" in row
         of_frozen = f"{row['step_ratio'] / least['step_ratio']:.2f}" if least and has_stepped else ""
-        step = f"{row['step_ratio']:.2f}" if has_stepped else "out of memory"
+        step = f"{row['step_ratio']:.2f}" if has_stepped else "failed"
         cells = (f"{row['trained']:,}", size, step, of_frozen, ratio(row, "saved_bytes"), ratio(row, "peak_bytes"),
                  merge)  # fmt: skip
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")

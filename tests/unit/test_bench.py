@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from tests.bench.contestants import (
     make_batch,
     make_model,
 )
-from tests.bench.methods import merge_seconds
+from tests.bench.methods import merge_seconds, turns
 from tests.bench.parts import PARTS, Part
 from tests.bench.targets import read_results, targets
 
@@ -79,6 +80,19 @@ def test_an_8b_model_takes_less_at_rank_128_than_with_lora() -> None:
     ours, theirs = (counted("8b", name, layers=2, length=2048) for name in ("mirror r=128", REFERENCE))
     assert ours.weights == theirs.weights
     assert ours.total <= theirs.total
+
+
+def test_a_method_without_a_kernel_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(batch: object) -> None:
+        raise RuntimeError("linalg_solve is not implemented for BFloat16")
+
+    some: Any = SimpleNamespace(step=lambda batch: None)
+    other: Any = SimpleNamespace(step=fail, optimizer=SimpleNamespace(zero_grad=lambda: None))
+    taken = turns({REFERENCE: some, "mirror": some, "oft": other}, {}, 1, 2, time.perf_counter)
+    assert {name: len(steps) for name, steps in taken.items()} == {REFERENCE: 2, "mirror": 2}
+    assert "oft is left out: RuntimeError: linalg_solve" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="linalg_solve"):
+        turns({REFERENCE: other}, {}, 1, 2, time.perf_counter)
 
 
 def test_made_up_factors_have_the_shapes_of_real_ones() -> None:
