@@ -2,7 +2,7 @@
 """The poster's comparisons on real data: tasks by methods by seeds, all through ``mirrortune compare``.
 
     python -m tests.bench.real FOLDER                        the next missing run of the plan, again and again
-    python -m tests.bench.real FOLDER --device cuda          the same on a GPU, with the recipes' own epochs
+    python -m tests.bench.real FOLDER --device cuda          the same on a GPU, with the recipes' own epochs (--jobs 6)
     python -m tests.bench.real FOLDER --only rte trec        some tasks; --methods svft psoft: some methods
     python -m tests.bench.real FOLDER --kept RESULTS.json    only what that report of earlier runs lacks, beside it
     python -m tests.bench.real FOLDER --list                 the plan: commands in order; ? is a rate yet to be chosen
@@ -194,6 +194,7 @@ def command(name: str, methods: Sequence[str], folder: Path, options: argparse.N
     tried = rates(name, methods, folder, options.earlier)
     model = MODEL if task.is_text else str((options.assets or folder / "assets") / VISION)
     words = [*task.words, *(task.cpu if options.device == "cpu" else ())]
+    words += ["--jobs", str(options.jobs)] if options.jobs else []
     return ["compare", task.recipe, *words, "-m", model, "--seeds", str(options.seeds), "--choose-by", "score",
             "--methods", ",".join(f"{method}:lr={tried[method]}" for method in methods), "--extensions", "0",
             "-o", str(folder / name)]  # fmt: skip
@@ -239,6 +240,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--assets", type=Path, help="folder of tests/bench/assets.py; FOLDER/assets by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, help="runs at a time, such as 6 on a large GPU; one on each GPU by default")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD")
     parser.add_argument("--kept", type=Path, metavar="RESULTS", help="results.json of earlier runs that are gone")

@@ -40,12 +40,13 @@ def test_methods_of_an_earlier_report_are_kept_and_not_run_again(tmp_path: Path)
     }
     (tmp_path / "results.json").write_text(json.dumps(earlier))
     options = real.parse(
-        [str(tmp_path), "--kept", str(tmp_path / "results.json"), "--methods", "mirror", "svft", "psoft"]
+        [str(tmp_path), "--kept", str(tmp_path / "results.json"), "--methods", "mirror", "svft", "psoft", "--jobs", "6"]
     )
     assert real.missing("trec", real.ORDER, options) == ["mirror", "psoft"], "one of three seeds is not enough"
     assert real.missing("rte", real.ORDER, options) == ["mirror", "svft", "psoft"]
     words = real.command("rte", ["svft", "psoft"], tmp_path, options)
     assert words[words.index("--methods") + 1] == "svft:lr=0.03,psoft:lr=?", "rates are those of the earlier report"
+    assert words[words.index("--jobs") + 1] == "6"
 
     new = {"psoft": {"seeds": [0, 1, 2]}, "mirror": {"seeds": [0, 1, 2]}, "svft": {"seeds": [0, 1]}}
     found = real.merge(earlier, {"trec": {"methods": new, "tests": 2}, "rte": {"methods": new}})
