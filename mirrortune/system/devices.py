@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.errors import ResourceError
+from mirrortune.errors import ResourceError, first_line
 
 
 def default_device() -> torch.device:
@@ -173,6 +174,20 @@ def uses_cuda() -> bool:
     fails if it is busy.
     """
     return default_device().type == "cuda"
+
+
+def why_unused() -> str | None:
+    """Return why torch uses no GPU though this machine has NVIDIA's driver; None if it uses one, or is told not to."""
+    is_hidden = is_set("ACCELERATE_USE_CPU") or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if is_hidden or shutil.which("nvidia-smi") is None or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build for CPUs"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # such as a driver that is older than the build
+        return f"torch {torch.__version__}: {first_line(error)}"
+    return None
 
 
 def memory_bytes() -> dict[str, int]:

@@ -32,6 +32,7 @@ from mirrortune.system.devices import (
     has_bf16,
     num_cores,
     resolve_precision,
+    why_unused,
 )
 from mirrortune.system.paths import cache_folder
 
@@ -143,6 +144,8 @@ def _cpu() -> dict[str, Any]:
 def _accelerators() -> list[dict[str, Any]]:
     if torch.backends.mps.is_available():
         return [{"kind": "mps", "name": "Apple GPU"}]
+    if (reason := why_unused()) is not None:
+        return [{"kind": "cuda", "name": "NVIDIA GPU", "problem": f"not used ({reason})"}]
     if not torch.cuda.is_available():
         return []
     found = []

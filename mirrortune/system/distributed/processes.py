@@ -15,7 +15,7 @@ import yaml
 
 from mirrortune.errors import ConfigError, ResourceError, first_line
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import default_device, is_set, resolve_precision
+from mirrortune.system.devices import default_device, is_set, resolve_precision, why_unused
 from mirrortune.system.distributed import deepspeed
 from mirrortune.system.distributed.sharding import Sharding
 
@@ -103,6 +103,8 @@ def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
     )
+    if accelerator.device.type == "cpu" and (reason := why_unused()) is not None:
+        reporter.note(f"warning: this machine's NVIDIA GPU is not used ({reason})")
     if is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         reporter.note(
             "warning: accelerate launch --cpu starts one process, whatever --num_processes says; "

@@ -15,6 +15,7 @@ from accelerate.commands.config import config_args
 from accelerate.utils import parse_flag_from_env
 
 from mirrortune.errors import ConfigError
+from mirrortune.system import devices, machine
 from mirrortune.system.devices import is_set
 from mirrortune.system.distributed.processes import (
     ASKED_VARIABLE,
@@ -50,6 +51,26 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_how_many_take_part_is_said() -> None:
     assert said(num_processes=3, is_fsdp2=True) == ["running on cpu with 3 processes (FSDP2); writing to run"]
     assert said() == ["running on cpu with 1 process; writing to run"]
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nPlease update it")
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = f"torch {torch.__version__} is a build for CPUs"
+    assert said()[1] == f"warning: this machine's NVIDIA GPU is not used ({reason})"
+    assert machine._accelerators() == [{"kind": "cuda", "name": "NVIDIA GPU", "problem": f"not used ({reason})"}]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert "The NVIDIA driver on your system is too old (found version 12040))" in said()[1]
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("ACCELERATE_USE_CPU", "true")):
+        with monkeypatch.context() as chosen:
+            chosen.setenv(name, value)
+            assert len(said()) == 1, "as it was told"
 
 
 def test_a_stale_default_config_is_said(stale: Path) -> None:
