@@ -35,6 +35,7 @@ from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.merging.bases import OpenedAdapter, open_adapter
 from mirrortune.merging.verify import OutputError, compare_outputs
 from mirrortune.models.load import load_tokenizer
+from mirrortune.system.devices import rounding_unit
 from mirrortune.system.outputs import LORA, adapter_inputs, model_inputs, output_folder
 from mirrortune.tasks.model_outputs import compared_outputs
 
@@ -403,12 +404,11 @@ def _verify_peft(written: dict[str, Tensor], low_rank: LowRankAdapter) -> LoraEx
 
 
 def _compare_outputs(merged: nn.Module, opened: OpenedAdapter) -> OutputError:
-    coarsest = max(torch.finfo(p.dtype).eps for p in opened.adapted.parameters())
     merged.float()  # rounding of 16-bit arithmetic is not an error of the weights
     return compare_outputs(
         lambda probe: compared_outputs(merged, probe, compared=opened.compared),
         lambda probe: compared_outputs(opened.adapted, probe, compared=opened.compared), opened.probes,
-        tolerance=max(1e-5, 8 * coarsest),
+        tolerance=max(1e-5, 8 * rounding_unit(opened.adapted)),
     )  # fmt: skip
 
 

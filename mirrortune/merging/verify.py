@@ -30,6 +30,7 @@ from mirrortune.models.load import find_model, resolve_dtype
 from mirrortune.models.parts import LoadedTensor, value_of
 from mirrortune.models.skeleton import read_lazily
 from mirrortune.models.tensors import aliases, part_loader
+from mirrortune.system.devices import rounding_unit
 from mirrortune.system.tensor_files import StoredTensor, read_headers, same_bytes
 from mirrortune.tasks.drawn_inputs import first_that_runs
 from mirrortune.tasks.model_outputs import compared_outputs, largest_difference
@@ -285,7 +286,7 @@ def compare_models(
     which yields the changed weights by name before rounding, a base in 16 bits whose adapter was trained in float32 is
     also compared with these. (One trained in 16 bits holds its own parameters and factors in them.)
     """
-    coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
+    coarsest = max(rounding_unit(adapted), *(torch.finfo(p.dtype).eps for p in reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
     if stored_in == torch.float16 or computed_in == torch.float32:
         reopened.float()  # CPUs lack float16 kernels, and rounding of 16-bit arithmetic is not an error of the weights
@@ -360,7 +361,7 @@ def compare_lazily(
 
     merged = read_lazily(model, read_merged)
     adapted = _base_with_adapters(make(), plan, trained_in)
-    epsilon = max(torch.finfo(dtype).eps for dtype in (stored_in, trained_in))
+    epsilon = max(torch.finfo(stored_in).eps, rounding_unit(model, trained_in))
     return compare_outputs(
         lambda probe: compared_outputs(merged, probe, dtype=computed_in, compared=compared),
         lambda probe: compared_outputs(adapted, probe, dtype=trained_in, compared=compared), probes,

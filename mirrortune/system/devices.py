@@ -236,12 +236,29 @@ def autocast(model: nn.Module, dtype: torch.dtype | None = None) -> AbstractCont
         model: model that is called.
         dtype: weight dtype of a model that loads its weights when it is called, on the CPU; None for other models.
     """
-    half = ({p.dtype for p in model.parameters()} if dtype is None else {dtype}) & set(_HALF)
-    device = next(model.parameters()).device.type if half and dtype is None else "cpu"
-    if not half or torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
+    found = _autocast_dtype(model, dtype)
+    device = next(model.parameters()).device.type if found and dtype is None else "cpu"
+    if found is None or torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
         return contextlib.nullcontext()
-    is_float16 = half == {torch.float16} and device == "cpu" and any(isinstance(m, _NORMS) for m in model.modules())
-    return torch.autocast(device, torch.float16 if is_float16 else torch.bfloat16)
+    return torch.autocast(device, found)
+
+
+def _autocast_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    half = ({p.dtype for p in model.parameters()} if dtype is None else {dtype}) & set(_HALF)
+    if not half:
+        return None
+    is_on_cpu = dtype is not None or next(model.parameters()).device.type == "cpu"
+    is_float16 = half == {torch.float16} and is_on_cpu and any(isinstance(m, _NORMS) for m in model.modules())
+    return torch.float16 if is_float16 else torch.bfloat16
+
+
+def rounding_unit(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+    """Return the rounding unit of the coarsest dtype that ``model`` holds weights in, or that :func:`autocast`, which
+    describes the arguments, computes in: bfloat16 for most models in float16.
+    """
+    held = {p.dtype for p in model.parameters()} if dtype is None else {dtype}
+    found = (*held, _autocast_dtype(model, dtype))
+    return max(torch.finfo(each).eps for each in found if each is not None and each.is_floating_point)
 
 
 def holds_half(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Rows, TokenExamples
 from mirrortune.errors import ConfigError
-from mirrortune.system.devices import autocast
+from mirrortune.system.devices import autocast, rounding_unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +126,7 @@ class PackedExamples(Examples):
         model.train(was_training)
         apart = torch.cat(logits[1:], dim=1)
         error, largest = float((logits[0] - apart).abs().max()), float(apart.abs().max())
-        coarsest = max(torch.finfo(p.dtype).eps for p in model.parameters())
-        if not error <= max(1e-3, 32 * coarsest) * max(1.0, largest):
+        if not error <= max(1e-3, 32 * rounding_unit(model)) * max(1.0, largest):
             raise ConfigError(
                 "data.packing", f"this model lets packed rows see each other (its outputs differ by {error:.2g})",
                 fix="Set data.packing=false",

@@ -238,6 +238,20 @@ def test_a_float16_classifier_with_a_head_in_float32_is_merged(
     assert verdict["max_abs_logit_error"] is not None
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("how", ["hf", "lora"])
+def test_a_float16_model_that_is_computed_in_bfloat16_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, lazily: bool
+) -> None:
+    """As most are, whose outputs bfloat16 rounds eight times as much."""
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_causal(tmp_path / "base", torch.float16)
+    adapt(base, tmp_path / "adapter", dtype=torch.float16, rank=4)
+    verdict = mirrortune.merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", format=how)
+    assert verdict["passed"]
+    assert verdict["max_abs_logit_error"] > 8 * torch.finfo(torch.float16).eps
+
+
 def test_adapters_of_one_base_change_different_weights(tmp_path: Path) -> None:
     base = write_causal(tmp_path / "base")
     one = adapt(base, tmp_path / "one", target_modules="q_proj|v_proj")

@@ -31,7 +31,7 @@ from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system import devices
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import as_computed, autocast, widen, wrap_calls
+from mirrortune.system.devices import as_computed, autocast, rounding_unit, widen, wrap_calls
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import tiny_bert, tiny_causal
 from tests.tiny_runs import HEAD, logits
@@ -140,6 +140,16 @@ def test_autocast_is_for_16_bit_weights_and_in_their_dtype(dtype: torch.dtype, e
     for other in (nn.Sequential(tiny_bert().half(), tiny_bert().bfloat16()), tiny_causal().half()):
         with autocast(other):  # float16 would lose small gradients, and CPUs are slow in it
             assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_the_rounding_unit_is_that_of_the_arithmetic_if_it_is_coarser() -> None:
+    units = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    normed, plain = tiny_bert(), tiny_causal()
+    assert rounding_unit(normed) == units[torch.float32] == rounding_unit(plain, torch.float32)
+    assert rounding_unit(normed.half()) == units[torch.float16] == rounding_unit(tiny_bert(), torch.float16)
+    assert rounding_unit(plain.half()) == units[torch.bfloat16] == rounding_unit(tiny_causal(), torch.float16)
+    packed = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False), torch.zeros(1)])
+    assert rounding_unit(packed) == units[torch.float32]
 
 
 def in_bfloat16(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
