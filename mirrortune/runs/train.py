@@ -150,7 +150,9 @@ def _train(
     seed_everything(settings.loop.seed)  # the head's initial weights
     adapted = load_adapted_base(job, run, accelerator, reporter, resume=resume)
     model = adapted.model
-    for text in (*remarks(model), *(() if resume else other_defaults(job, resolved))):
+    # Only the main process, which may be replacing the run that the recipe is of.
+    differing = other_defaults(job, resolved) if reporter.is_main and not resume else ()
+    for text in (*remarks(model), *differing):
         reporter.note(text)
 
     def record() -> None:
