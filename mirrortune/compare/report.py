@@ -260,7 +260,7 @@ def _tested(found: dict[str, Any], seeds: int) -> str:
             f"runs keep no predictions; {_ON_FEW_SEEDS}"
         )
     return (
-        f"Difference from `{found['reference']}` with its 95% bootstrap interval over seeds and rows; a method counts "
+        f"Difference from `{found['reference']}` with its 95% interval over seeds and rows; a method counts "
         f"as better or worse only if the interval excludes zero and {t_test} is significant; {_ON_FEW_SEEDS}"
     )
 

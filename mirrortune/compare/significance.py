@@ -29,7 +29,7 @@ class Paired:
         p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds, for scores that are not
             finite, and for two equal differences without an interval, which have no spread to test against.
         p_adjusted: p-value after Holm's correction for the number of methods tested.
-        low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
+        low, high: limits of the 95% interval of the difference over seeds and rows; None without predictions
             of rows, or for scores that are not finite.
         verdict: ``better`` or ``worse``; ``within the noise`` if the interval includes zero; ``not significant`` if
             only the t-test does not pass; ``not tested`` without a p-value.
@@ -79,7 +79,7 @@ def compare_with_reference(
     """Test every method of ``samples`` against ``reference``.
 
     A difference counts as real only if the t-test over seeds is significant (p < 0.05 after Holm's correction) and the
-    bootstrap interval over seeds and rows excludes zero. The t-test alone ignores that the rows, too, are a sample.
+    95% interval over seeds and rows excludes zero. The t-test alone ignores that the rows, too, are a sample.
     With few seeds and many methods it hardly ever passes, so failing it does not make a difference noise.
 
     Args:

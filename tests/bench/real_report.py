@@ -97,7 +97,7 @@ def table(found: Found) -> str:
         lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
     lines += ["", "Scores times 100: mean ± standard deviation over 3 seeds, or over (n) where fewer have run. + or -: "
               "better or worse than the first method, by both a paired t-test over seeds (Holm, p < 0.05) and a "
-              "bootstrap interval over seeds and rows. No mark: not significant, or not tested; with few seeds and "
+              "95% interval over seeds and rows. No mark: not significant, or not tested; with few seeds and "
               "many methods, the corrected t-test has little power."]  # fmt: skip
     lines += [f"Mean, {model}: over {', '.join(complete_tasks(found, model))}." for model in shown]
     lines += ["", "| task | rows scored | device, torch |", "|---|---|---|"]

@@ -233,7 +233,7 @@ def test_scores_of_probabilities_are_tested_over_seeds_and_rows(tmp_path: Path, 
     (test,) = found["tests"]["test"]
     assert test["low"] < test["difference"] < test["high"]
     assert test["verdict"] == "better"
-    assert "with its 95% bootstrap interval over seeds and rows" in table
+    assert "with its 95% interval over seeds and rows" in table
 
 
 def test_scores_of_texts_are_tested_over_seeds_and_rows(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_scores_of_texts_are_tested_over_seeds_and_rows(tmp_path: Path) -> None:
     (test,) = found["tests"]["test"]
     assert test["low"] < test["difference"] < test["high"]
     assert (found["rows"], test["verdict"]) == ({"test": 60}, "better")
-    assert "with its 95% bootstrap interval over seeds and rows" in table
+    assert "with its 95% interval over seeds and rows" in table
 
 
 def test_runs_without_predictions_are_tested_over_seeds_alone(tmp_path: Path) -> None:
